@@ -1,0 +1,357 @@
+"""What the stages share: command lines, processes, checkpoints, logs.  No stage, model or loss here."""
+
+import dataclasses
+import hashlib
+import inspect
+import json
+import os
+import re
+import shutil
+import sys
+import time
+import typing
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+
+def fail(message):
+    """Refuse bad input: one clear line and exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# ------------------------------------------------------------------------ command line
+
+
+def option_help(cls):
+    """Field name -> the comment that stands behind it in the dataclass's source"""
+    found = {}
+    for base in reversed(cls.__mro__[:-1]):
+        name = None
+        for line in inspect.getsource(base).splitlines():
+            field = re.match(r"    (\w+): [^#]*(?:#\s*(.*))?$", line)
+            more = re.match(r"    \s+# (.*)$", line)
+            if field:
+                name = field[1]
+                found[name] = field[2] or ""
+            elif more and name:
+                found[name] += " " + more[1]
+    return found
+
+
+def parse_value(name, text, kind):
+    """One option's text as bool, int, float or str; refuses by name."""
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "yes": True,
+                    "false": False, "0": False, "no": False}[text.lower()]
+        if kind is int:
+            return int(text.replace("_", ""))
+        return kind(text)
+    except (ValueError, KeyError):
+        expected = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
+        fail(f"--{name} {text!r}: expected {expected}")
+
+
+def parse_options(cls, argv, presets=None, usage=""):
+    """Command line -> dataclass `cls`, and the set of options that were named on it.
+
+    Options are written `--name value` or `--name=value`.  `presets` is a table of named sizes, chosen
+    by the field `preset`: named options beat the preset, which beats the defaults.
+    """
+    presets = presets or {}
+    kinds = typing.get_type_hints(cls)
+    known = {f.name: f.default for f in dataclasses.fields(cls)}
+    if "-h" in argv or "--help" in argv:
+        print(f"usage: {usage}\n")
+        comments = option_help(cls)
+        for name, default in known.items():
+            shown = "required" if default is dataclasses.MISSING else repr(default)
+            print(f"  --{name:<16} {shown:<14} {comments.get(name, '')}".rstrip())
+        for name, values in presets.items():
+            print(f"\npreset {name}: " + " ".join(f"--{k} {v}" for k, v in values.items()))
+        raise SystemExit(0)
+    given, rest = {}, list(argv)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            fail(f"unexpected argument {word!r}: options are written --name value")
+        name, equals, text = word[2:].partition("=")
+        name = name.replace("-", "_")
+        if name not in known:
+            fail(f"unknown option --{name}; known: {', '.join(known)}")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                fail(f"--{name} needs a value")
+            text = rest.pop(0)
+        given[name] = parse_value(name, text, kinds[name])
+    chosen = given.get("preset", known.get("preset"))
+    if presets and chosen not in presets:
+        fail(f"--preset {chosen!r}: expected one of {', '.join(presets)}")
+    for name, default in known.items():
+        if default is dataclasses.MISSING and name not in given:
+            fail(f"--{name} is required: {option_help(cls).get(name, '')}")
+    return cls(**{**presets.get(chosen, {}), **given}), set(given)
+
+
+# ------------------------------------------------------------------------ processes
+
+
+class Processes:
+    """This process among its peers: rank, world size, device.  Starts gloo or nccl under torchrun."""
+
+    def __init__(self):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        gpu = torch.cuda.is_available()
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        self.device = torch.device("cuda", local) if gpu else torch.device("cpu")
+        if gpu:
+            torch.cuda.set_device(self.device)
+            torch.backends.cuda.matmul.allow_tf32 = True
+        if self.world > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if gpu else "gloo")
+        self.main = self.rank == 0
+
+    def share(self, batch):
+        """This rank's part of a global batch size; refuses one that does not divide"""
+        if batch % self.world:
+            fail(f"--batch {batch} does not divide over {self.world} processes")
+        return slice(self.rank * batch // self.world, (self.rank + 1) * batch // self.world)
+
+    def say(self, *words):
+        if self.main:
+            tqdm.write(" ".join(str(w) for w in words))
+
+    def barrier(self):
+        if self.world > 1:
+            dist.barrier()
+
+    def shard(self, model):
+        """Put a model on this process's device, equal on every rank.  Every parameter is whole on
+        each rank here; sharding over ranks belongs in this one place."""
+        model.to(self.device)
+        if self.world > 1:
+            for tensor in model.state_dict().values():
+                dist.broadcast(tensor, 0)
+        return model
+
+    def mean(self, values):
+        """Dictionary of numbers -> their mean over ranks"""
+        if self.world == 1:
+            return values
+        packed = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
+        dist.all_reduce(packed)
+        return dict(zip(values, (packed / self.world).tolist()))
+
+    def end(self):
+        if self.world > 1:
+            dist.destroy_process_group()
+
+
+def make_optimizer(groups, kind=torch.optim.AdamW, **settings):
+    """Optimizer over groups [{"params": [...], "lr": ..}]; each parameter lands in exactly one."""
+    groups = [{**g, "params": [p for p in g["params"] if p.requires_grad]} for g in groups]
+    flat = [id(p) for g in groups for p in g["params"]]
+    if len(flat) != len(set(flat)):
+        raise ValueError("a parameter is in two optimizer groups")
+    for g in groups:
+        g["peak"] = g["lr"]
+    return kind([g for g in groups if g["params"]], **settings)
+
+
+def optimizer_step(optimizer, processes, clip, scale=1.0):
+    """Average gradients over ranks, clip their norm, step at `scale` times the peak rates.
+
+    -> gradient norm before clipping (float)
+    """
+    params = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+    if processes.world > 1:
+        flat = torch.cat([p.grad.flatten() for p in params]) / processes.world
+        dist.all_reduce(flat)
+        for p, part in zip(params, flat.split([p.numel() for p in params])):
+            p.grad.copy_(part.view_as(p))
+    norm = torch.nn.utils.clip_grad_norm_(params, clip)
+    for g in optimizer.param_groups:
+        g["lr"] = g["peak"] * scale
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(norm)
+
+
+def warmup_cosine(step, steps, warmup, floor):
+    """Learning-rate factor: linear over `warmup` steps, then a cosine from 1 down to `floor`"""
+    if step < warmup:
+        return (step + 1) / warmup
+    share = (step - warmup) / max(1, steps - warmup)
+    return floor + (1 - floor) * 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * share))))
+
+
+def seed_step(seed, step, rank=0):
+    """Seed torch for one step, so that noise is a function of (seed, step, rank) and resuming needs
+    no generator state."""
+    digest = hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+# ------------------------------------------------------------------------ files
+
+
+def write_atomically(path, text):
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(text)
+    os.replace(draft, path)
+
+
+def save_checkpoint(out, step, weights, meta, texts=None, state=None, best=False):
+    """Write OUT/step_00000123 whole or not at all, point OUT/latest (and, on demand, OUT/best) at it,
+    then drop the checkpoints that neither points at.
+
+    weights: name -> tensor, as model.safetensors; meta: dict, as config.json (step is added);
+    texts: file name -> text, e.g. the tokenizer; state: what only resuming needs, as training.pt.
+    """
+    out = Path(out)
+    final, draft = out / f"step_{step:08d}", out / f".draft.{os.getpid()}"
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()},
+              draft / "model.safetensors")
+    for name, text in (texts or {}).items():
+        (draft / name).write_text(text)
+    if state is not None:
+        torch.save(state, draft / "training.pt")
+    (draft / "config.json").write_text(json.dumps({**meta, "step": step}, indent=1))
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(draft, final)
+    for pointer in ("latest", "best") if best else ("latest",):
+        write_atomically(out / pointer, final.name + "\n")
+    pointed = {(out / p).read_text().strip() for p in ("latest", "best") if (out / p).is_file()}
+    for old in out.glob("step_*"):
+        if old.name not in pointed:
+            shutil.rmtree(old)
+    return final
+
+
+def find_checkpoint(path, option):
+    """A run's folder (its best checkpoint, else its latest) or a checkpoint's own folder -> that
+    checkpoint.  Refuses, naming the option that asked for it, when there is none.
+    """
+    path = Path(path)
+    for pointer in ("best", "latest"):
+        if (path / pointer).is_file():
+            path = path / (path / pointer).read_text().strip()
+            break
+    if not (path / "config.json").is_file() or not (path / "model.safetensors").is_file():
+        fail(f"--{option} {path}: no checkpoint there (expected config.json and model.safetensors)")
+    return path
+
+
+def load_checkpoint(path, option, stage):
+    """-> weights (name -> tensor), meta (config.json).  Refuses unreadable files and other stages."""
+    path = find_checkpoint(path, option)
+    try:
+        meta = json.loads((path / "config.json").read_text())
+        weights = load_file(path / "model.safetensors")
+    except (ValueError, OSError, SafetensorError) as error:
+        fail(f"--{option} {path}: unreadable checkpoint: {error}")
+    if meta.get("stage") not in stage:
+        fail(f"--{option} {path}: holds stage {meta.get('stage')!r}, expected {' or '.join(stage)}")
+    return weights, meta
+
+
+def fingerprint(path):
+    """12 hex digits that name a checkpoint's weights"""
+    with open(Path(path) / "model.safetensors", "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12] \
+            if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()[:12]
+
+
+class Run:
+    """The output folder of a stage: metrics.jsonl, a progress bar, checkpoints, resuming.
+
+    run = Run(config, processes, "quantize"); run.start is the step to begin at.  `identity` is
+    compared on resuming: a checkpoint trained on something else is refused.
+    """
+
+    def __init__(self, config, processes, stage, identity):
+        self.out, self.processes, self.steps = Path(config.out), processes, config.steps
+        self.save_every, self.stage, self.identity = config.save_every, stage, identity
+        self.start, self.state, self.found = 0, None, None
+        if (self.out / "latest").is_file():
+            self.found = self.out / (self.out / "latest").read_text().strip()
+            weights, meta = load_checkpoint(self.found, "out", (stage,))
+            if not config.resume:
+                fail(f"--out {self.out} already holds a checkpoint of step {meta['step']}: pass "
+                     "--resume true to continue it, or another --out")
+            theirs = meta.get("identity")
+            for key in identity:
+                if theirs.get(key) != identity[key]:
+                    fail(f"--out {self.out} was made with {key} = {theirs.get(key)}, this run has "
+                         f"{identity[key]}: remove it or pass another --out")
+            self.start, self.weights, self.meta = meta["step"], weights, meta
+            self.state = torch.load(self.found / "training.pt", weights_only=True)
+        processes.barrier()
+        if processes.main:
+            self.out.mkdir(parents=True, exist_ok=True)
+            log = self.out / "metrics.jsonl"
+            lines = log.read_text().splitlines() if log.is_file() and self.start else []
+            lines = [line for line in lines if json.loads(line)["step"] <= self.start]
+            log.write_text("".join(line + "\n" for line in lines))
+            self.log = open(log, "a")
+        self.began = time.time()
+
+    def restore(self, model, optimizer):
+        """Continue from the checkpoint found, if any"""
+        if self.state is not None:
+            model.load_state_dict(self.weights)
+            optimizer.load_state_dict(self.state["optimizer"])
+            self.processes.say(f"resuming {self.out} at step {self.start}")
+
+    def loop(self, unit):
+        """Yield the steps that are left, behind a progress bar that counts `unit` a second"""
+        self.bar = tqdm(range(self.start, self.steps), initial=self.start, total=self.steps,
+                        desc=self.stage, dynamic_ncols=True, mininterval=1.0,
+                        disable=not self.processes.main)
+        self.unit, self.mark = unit, (time.time(), self.start)
+        yield from self.bar
+
+    def record(self, step, size, **numbers):
+        """Every process calls it with its own numbers; rank 0 writes their mean"""
+        numbers = self.processes.mean({k: float(v) for k, v in numbers.items()})
+        if not all(map(torch.isfinite, map(torch.tensor, numbers.values()))):
+            fail(f"step {step}: {numbers} is not finite; last checkpoint: {self.found or 'none'}")
+        if self.processes.main:
+            now = time.time()
+            rate = size * (step - self.mark[1]) / max(now - self.mark[0], 1e-9)
+            self.mark = now, step
+            self.bar.set_postfix({**{k: f"{v:.4g}" for k, v in numbers.items()},
+                                  f"{self.unit}/s": f"{rate:.0f}"}, refresh=False)
+            row = {"step": step, **numbers, f"{self.unit}_per_s": round(rate, 1),
+                   "seconds": round(now - self.began, 1)}
+            self.log.write(json.dumps(row) + "\n")
+            self.log.flush()
+
+    def save(self, step, model, optimizer, meta, texts=None, best=False):
+        """Checkpoint when it is time: every save_every steps, at the end, and when `best`"""
+        if not (best or step == self.steps or (self.save_every and step % self.save_every == 0)):
+            return
+        if self.processes.main:
+            meta = {"stage": self.stage, "identity": self.identity, **meta}
+            self.found = save_checkpoint(self.out, step, model.state_dict(), meta, texts,
+                                         {"optimizer": optimizer.state_dict()}, best)
+        self.processes.barrier()
+
+    def finish(self, summary, files):
+        """Write summary.json, the mark of a finished stage, and name the files"""
+        if self.processes.main:
+            summary = {"seconds": round(time.time() - self.began, 1), **summary}
+            write_atomically(self.out / "summary.json", json.dumps(summary, indent=1) + "\n")
+            files = [f"{find_checkpoint(self.out, 'out')}/", *files, self.out / "summary.json"]
+            print("wrote", ", ".join(str(f) for f in files))
+        self.processes.end()

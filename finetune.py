@@ -1,0 +1,173 @@
+"""Stage 3, action finetuning (paper 3.3): swap the latent head for a robot-action head.
+
+The body that learned to predict latent actions now learns, from a few labelled episodes, to predict
+the robot's own: every dimension is cut into up to 256 bins of equal count and predicted as one token.
+SCRATCH, the paper's baseline, is this stage alone, from the base model.
+
+    python finetune.py --init_from runs/demo/pretrain --data data/tabletop \\
+        --where combination=seen --out runs/demo/finetune --preset tiny                   # laptop
+    torchrun --nproc_per_node 8 finetune.py --init_from L --data D --out O --preset lapa  # eight GPUs
+"""
+
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+import common
+import data
+from model import ACTION, VLA, VLAConfig
+
+
+@dataclass(kw_only=True)
+class FinetuneConfig:
+    data: str  # dataset folder; only episodes with actions count
+    out: str  # run folder
+    init_from: str  # pretrain run: latent (LAPA), action (ACTIONVLA), idm (VPT), caption (SCRATCH)
+    preset: str = "lapa"  # named recipe: tiny, base or lapa (the paper's)
+    where: str = ""  # keep episodes with these fields, e.g. combination=seen
+    labelled: int = 0  # labelled episodes to use, drawn by --seed; 0: all that are not held out
+    held_out: int = 50  # episodes of the dataset that are never used here
+    validate: float = 0.1  # share of the labelled episodes kept to choose the best checkpoint
+    bins: int = 256  # bins a dimension (paper)
+    soft_bins: float = 0.0  # width, in bins, of a Gaussian around the true bin (paper 0: one-hot)
+    binary: str = ""  # dimensions with two values (grippers), e.g. 6
+    freeze_vision: bool = True  # paper 3.2
+    steps: int = 2000  # paper: real robot; SIMPLER 500
+    batch: int = 128  # rows a step, over all processes
+    lr: float = 2e-5  # AdamW 0.9/0.95, constant, no weight decay (code)
+    head_lr: float = 1.0  # rate of the fresh action head and table, relative to lr
+    warmup: int = 0  # steps
+    final_lr: float = 1.0  # cosine down to this share of lr
+    clip: float = 1.0  # gradient norm
+    seed: int = 0
+    log_every: int = 25  # steps; validation happens as often, and a better result is a checkpoint
+    save_every: int = 0  # steps between further checkpoints; 0: the best and the last
+    resume: bool = False  # continue from the latest checkpoint in --out
+
+
+PRESETS = {
+    "tiny": dict(labelled=50, soft_bins=8.0, steps=150, batch=64, lr=3e-4, head_lr=4.0, warmup=10,
+                 final_lr=0.1),
+    "base": dict(soft_bins=8.0, lr=1e-4, head_lr=4.0, warmup=50, final_lr=0.1),
+    "lapa": {},
+}
+
+
+def loss_of(model, rows, soft):
+    """Stage-3 loss (formats section 6): cross entropy of the action tokens alone.  -> loss, accuracy"""
+    hidden = model(rows["tokens"], rows["kinds"], rows["images"])
+    return model.answer_loss(hidden, rows, ACTION, soft)
+
+
+def row_maker(sequences, episodes, edges, device):
+    """-> a function: [(episode, t), ..] -> batch of token rows with float images in [-1, 1]"""
+    bins = [data.to_bins(e.actions, edges) for e in episodes]
+    def rows(which):
+        batch = sequences.rows([episodes[e].instruction for e, _ in which],
+                               [bins[e][t] for e, t in which], ACTION)
+        frames = np.stack([episodes[e].frames[t] for e, t in which])
+        batch["images"] = data.to_float(frames) * 2 - 1
+        return {name: tensor.to(device) for name, tensor in batch.items()}
+    return rows
+
+
+def build_model(c, few, processes):
+    """The pretrained body with an action head -> model, bin edges, tokenizer, template, fresh names.
+
+    A body pretrained on actions (ACTIONVLA, VPT) keeps its action head and bins; any other gets a
+    fresh head and the labelled episodes' bins.
+    """
+    weights, meta = common.load_checkpoint(c.init_from, "init_from", ("pretrain",))
+    width = few[0].actions.shape[1]
+    if "bins" in meta:
+        edges = [np.array(e) for e in meta["bins"]]
+        if len(edges) != width:
+            common.fail(f"{c.data}: actions have width {width}, --init_from {c.init_from} was "
+                        f"trained on width {len(edges)}")
+    else:
+        edges = data.fit_bins(np.concatenate([e.actions for e in few]), c.bins,
+                              data.parse_dimensions(c.binary))
+    bins = meta["model"]["action_vocab"] or c.bins
+    torch.manual_seed(c.seed)
+    model = VLA(VLAConfig(**{**meta["model"], "latent_vocab": 0, "action_vocab": bins}))
+    fresh = model.adopt(weights)
+    processes.say(f"inherited {c.init_from} (pretrained on {meta['labels']} labels, step "
+                  f"{meta['step']}); fresh: {', '.join(fresh) or 'nothing'}; bins a dimension: "
+                  f"{', '.join(str(max(1, len(e) - 1)) for e in edges)}")
+    path = common.find_checkpoint(c.init_from, "init_from") / "tokenizer.json"
+    return model, edges, Tokenizer.from_file(str(path)), meta["template"], fresh
+
+
+def make_optimizer(model, c, fresh):
+    if c.freeze_vision:
+        for p in model.vision_side:
+            p.requires_grad_(False)
+    new = [p for n, p in model.named_parameters() if n in fresh]
+    old = [p for n, p in model.named_parameters() if n not in fresh]
+    return common.make_optimizer([{"params": old, "lr": c.lr},
+                                  {"params": new, "lr": c.lr * c.head_lr}],
+                                 betas=(0.9, 0.95), weight_decay=0.0)
+
+
+@torch.no_grad()
+def validate(model, rows, lengths, batch, soft):
+    """Loss over every frame of the kept-out labelled episodes, 1024 at most"""
+    which = [(e, t) for e, n in enumerate(lengths) for t in range(n)][:1024]
+    parts = [which[at:at + batch] for at in range(0, len(which), batch)]
+    return sum(loss_of(model, rows(p), soft)[0].item() * len(p) for p in parts) / len(which)
+
+
+def train(c):
+    processes = common.Processes()
+    mine = processes.share(c.batch)
+    meta = common.load_checkpoint(c.init_from, "init_from", ("pretrain",))[1]
+    dataset = data.open_dataset(c.data, meta["model"]["image_size"], c.where, actions_needed=True)
+    train_set, _ = dataset.split(c.held_out)
+    few = data.labelled_few(train_set, c.labelled or len(train_set), c.seed)
+    kept = round(c.validate * len(few))
+    few, checked = few[kept:], few[:kept]
+    model, edges, tokenizer, template, fresh = build_model(c, few, processes)
+    run = common.Run(c, processes, "finetune",
+                     {"data": dataset.fingerprint, "where": c.where, "labelled": c.labelled,
+                      "model": model.config.__dict__, "bins": [list(e) for e in edges],
+                      "seed": c.seed, "batch": c.batch})
+    processes.shard(model)
+    optimizer = make_optimizer(model, c, fresh)
+    run.restore(model, optimizer)
+    sequences = data.Sequences(tokenizer, model.image_tokens, template)
+    rows = row_maker(sequences, few, edges, processes.device)
+    lengths, checked_lengths = [len(e.actions) for e in few], [len(e.actions) for e in checked]
+    checked_rows = row_maker(sequences, checked, edges, processes.device)
+    known = np.concatenate([e.actions for e in few])
+    meta = {"model": model.config.__dict__, "template": template, "bins": [list(e) for e in edges],
+            "action_mean": known.mean(0).tolist(), "action_std": known.std(0).tolist(),
+            "labels": meta["labels"], "options": c.__dict__}
+    texts = {"tokenizer.json": tokenizer.to_str()}
+    processes.say(f"{len(few)} labelled episodes with {sum(lengths)} actions of width {len(edges)}, "
+                  f"{len(checked)} more to choose the best checkpoint, {processes.device}")
+
+    batches = data.stream(lambda step: rows(data.draw(c.seed, step, c.batch, lengths)[mine]),
+                          run.start, c.steps)
+    numbers, best = {}, run.meta.get("best", float("inf")) if run.start else float("inf")
+    for step in run.loop("rows"):
+        loss, right = loss_of(model, next(batches), c.soft_bins)
+        loss.backward()
+        norm = common.optimizer_step(optimizer, processes, c.clip,
+                                     common.warmup_cosine(step, c.steps, c.warmup, c.final_lr))
+        if (step + 1) % c.log_every == 0 or step + 1 == c.steps:
+            numbers = {"loss": loss.item(), "accuracy": right.item(), "grad_norm": norm}
+            if checked:
+                numbers["val_loss"] = validate(model, checked_rows, checked_lengths, c.batch,
+                                               c.soft_bins)
+            run.record(step + 1, c.batch, **numbers)
+        better = numbers.get("val_loss", best) < best
+        best = min(best, numbers.get("val_loss", best))
+        run.save(step + 1, model, optimizer, {**meta, "best": best}, texts, best=better)
+    run.finish({**numbers, "best_val_loss": best}, [])
+
+
+if __name__ == "__main__":
+    train(common.parse_options(FinetuneConfig, sys.argv[1:], PRESETS, "finetune.py [options]")[0])

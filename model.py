@@ -1,0 +1,684 @@
+"""The two networks of LAPA: the latent action quantizer (LAQ) and the vision-language-action model.
+
+LAQ  (paper 3.1, figure 8)  a C-ViViT style VQ-VAE: two frames in, `code_len` codes out, and a
+     decoder that draws the second frame from the first one and the codes.  `quantize.py` trains it.
+VLA  (paper 3.2, 3.3)  a LLaMA body over four vocabularies (text, vision, latent action, robot
+     action); every position belongs to one of them.  `pretrain.py` and `finetune.py` train it.
+
+Letters in shape comments, everywhere: B batch, T time (2 in a pair), C colour, H W pixels, N patches
+of a frame, D width, K code_len, Q quant_dim, L sequence length, V a vocabulary's size.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+# ------------------------------------------------------------------------ stage 1: LAQ
+
+
+@dataclass
+class LAQConfig:
+    """Shape of a latent action quantizer; the defaults are the paper's (343,796,080 parameters)."""
+
+    image_size: int = 256  # pixels, square
+    patch_size: int = 32  # pixels; 256/32 gives the 8x8 grid that the official CNN for 4 codes needs
+    dim: int = 1024
+    spatial_depth: int = 8  # layers of the spatial encoder, and of the decoder
+    temporal_depth: int = 8
+    heads: int = 16
+    dim_head: int = 64
+    quant_dim: int = 32
+    codebook_size: int = 8
+    code_len: int = 4  # codes a pair: 8^4 = 4096 latent actions
+    codebook_init: float = 1.0  # standard deviation of fresh codebook entries (official 1)
+    official_peg: bool = False  # temporal PEG on (b h w) t d memory read as b t h w d (official files)
+    official_code_read: bool = False  # a (K, Q) block enters the decoder re-read as (Q, K)
+    official_counting: bool = False  # the official dead-code rule, which lets a codebook collapse
+
+    @property
+    def grid(self):
+        return self.image_size // self.patch_size
+
+
+class ScaleNorm(nn.LayerNorm):
+    """LayerNorm with a scale and no bias (the official beta is a buffer of zeros)."""
+
+    def __init__(self, dim):
+        super().__init__(dim, bias=False)
+
+
+class PEG(nn.Module):
+    """Position encoding generator: a depth-wise 3x3x3 convolution, causal in time. [B, T, N, D]"""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.conv = nn.Conv3d(dim, dim, 3, groups=dim)
+
+    def forward(self, x, grid):
+        B, T, N, D = x.shape
+        frames = x.reshape(B, T, grid, grid, D).permute(1, 0, 4, 2, 3)  # T B D h w
+        # A causal 3-frame kernel over at most a few frames: one 2-D convolution for each reach
+        # into the past.  Taps that would only see the zero padding are never computed.
+        out = []
+        for t in range(T):
+            taps = range(max(0, t - 2), t + 1)
+            out.append(sum(F.conv2d(frames[s], self.conv.weight[:, :, 2 - (t - s)], padding=1,
+                                    groups=D) for s in taps))
+        out = torch.stack(out) + self.conv.bias[:, None, None]
+        return out.permute(1, 0, 3, 4, 2).reshape(B, T, N, D)
+
+
+class Attention(nn.Module):
+    """Cosine attention: unit queries and keys, a learned scale a channel, logits times 8."""
+
+    def __init__(self, dim, heads, dim_head, cross=False):
+        super().__init__()
+        inner = heads * dim_head
+        self.heads = heads
+        self.norm = ScaleNorm(dim)
+        # The official self-attention never uses its context norm; we carry the parameter so that
+        # counts and keys agree with official files.
+        self.context_norm = ScaleNorm(dim)
+        self.q_scale = nn.Parameter(torch.ones(dim_head))
+        self.k_scale = nn.Parameter(torch.ones(dim_head))
+        self.to_q = nn.Linear(dim, inner, bias=False)
+        self.to_kv = nn.Linear(dim, 2 * inner, bias=False)
+        self.to_out = nn.Linear(inner, dim, bias=False)
+        if cross:  # rows alternate key, value, key, value
+            self.null_kv = nn.Parameter(torch.randn(heads, 4, dim_head))
+        self.cross = cross
+
+    def forward(self, x, context=None, bias=None):
+        """x [B, N, D], context [B, M, D] for cross-attention, bias [1, heads, N, N] -> [B, N, D]"""
+        split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # B heads N dim_head
+        # Only the queries see a LayerNorm in self-attention: keys and values read the raw x (code).
+        source = self.context_norm(context) if self.cross else x
+        q = split(self.to_q(self.norm(x)))
+        k, v = map(split, self.to_kv(source).chunk(2, dim=-1))
+        if self.cross:
+            null = self.null_kv.expand(len(x), -1, -1, -1).to(k.dtype)
+            k = torch.cat((null[:, :, 0::2], k), dim=2)
+            v = torch.cat((null[:, :, 1::2], v), dim=2)
+        q = F.normalize(q, dim=-1) * self.q_scale
+        k = F.normalize(k, dim=-1) * self.k_scale
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        if bias is not None:
+            bias = bias.to(v.dtype)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=8.0)
+        return self.to_out(out.transpose(1, 2).flatten(2))
+
+
+class GEGLU(nn.Module):
+    def forward(self, x):
+        value, gate = x.chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class Layer(nn.Module):
+    """x += PEG(x); x += attention(x); [x += cross(x)]; x += feed-forward(x)"""
+
+    def __init__(self, dim, heads, dim_head, cross=False):
+        super().__init__()
+        inner = int(4 * 2 / 3 * dim)
+        self.peg = PEG(dim)
+        self.attention = Attention(dim, heads, dim_head)
+        self.cross = Attention(dim, heads, dim_head, cross=True) if cross else None
+        self.ff = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 2 * inner, bias=False), GEGLU(),
+                                nn.Linear(inner, dim, bias=False))
+
+
+class Transformer(nn.Module):
+    """`depth` layers and a closing norm, attending over space or over time. [B, T, N, D]"""
+
+    def __init__(self, c, depth, over_time=False, cross=False):
+        super().__init__()
+        self.over_time, self.grid = over_time, c.grid
+        self.misread = over_time and c.official_peg
+        self.layers = nn.ModuleList(Layer(c.dim, c.heads, c.dim_head, cross) for _ in range(depth))
+        self.norm_out = ScaleNorm(c.dim)
+
+    def forward(self, x, bias=None, context=None):
+        B, T, N, D = x.shape
+        for layer in self.layers:
+            if self.misread:  # the quirk: memory laid out as (N, T) is taken for (T, N)
+                memory = x.transpose(1, 2).reshape(B, T, N, D)
+                x = x + layer.peg(memory, self.grid).reshape(B, N, T, D).transpose(1, 2)
+            else:
+                x = x + layer.peg(x, self.grid)
+            rows = x.transpose(1, 2).flatten(0, 1) if self.over_time else x.flatten(0, 1)
+            rows = rows + layer.attention(rows, bias=bias)  # (B N) T D over time, else (B T) N D
+            if layer.cross is not None:
+                rows = rows + layer.cross(rows, context)
+            rows = rows + layer.ff(rows)
+            x = rows.unflatten(0, (B, N)).transpose(1, 2) if self.over_time else \
+                rows.unflatten(0, (B, T))
+        return self.norm_out(x)
+
+
+class PositionBias(nn.Module):
+    """Continuous position bias (Swin V2): an MLP over signed log distances. -> [1, heads, N, N]"""
+
+    def __init__(self, dim, heads, grid):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(2, dim), nn.LeakyReLU(0.1), nn.Linear(dim, dim),
+                                 nn.LeakyReLU(0.1), nn.Linear(dim, heads))
+        self.grid = grid
+
+    def forward(self):
+        # Only (2 grid - 1)^2 of the N^2 distances differ: run the MLP on those, then look up.
+        g, device = self.grid, self.net[0].weight.device
+        line = torch.arange(1 - g, g, device=device)
+        delta = torch.stack(torch.meshgrid(line, line, indexing="ij"), dim=-1).float()
+        table = self.net(delta.sign() * torch.log(delta.abs() + 1))  # 2g-1, 2g-1, heads (dy, dx)
+        at = torch.arange(g * g, device=device)
+        dy = (at // g)[:, None] - (at // g)[None] + g - 1
+        dx = (at % g)[:, None] - (at % g)[None] + g - 1
+        return table[dy, dx].permute(2, 0, 1)[None]
+
+
+def code_cnn(grid, code_len, q):
+    """The CNN that turns a grid of patches into `code_len` vectors (paper silent; code).
+
+    A stride-2 convolution halves the grid; what remains to be done depends on code_len.
+    Raises ValueError for a grid that cannot give code_len vectors.
+    """
+    down = lambda: nn.Conv2d(q, q, 3, stride=2, padding=1)
+    valid = {1: (4, 4), 2: (3, 4), 4: (3, 3)}  # kernels that leave 1x1, 1x2, 2x2 of a 4x4 map
+    if math.ceil(grid / 2) ** 2 == code_len:  # official at 64 and 256 codes; ours on small grids
+        return nn.Sequential(down(), nn.ReLU())
+    if math.ceil(grid / 2) == 4 and code_len in valid:
+        return nn.Sequential(down(), nn.ReLU(), nn.Conv2d(q, q, valid[code_len]))
+    if math.ceil(grid / 4) ** 2 == code_len:  # official at 16 codes
+        return nn.Sequential(down(), nn.ReLU(), down())
+    raise ValueError(f"code_len {code_len} cannot be made of {grid}x{grid} patches: use 1, 2 or 4 "
+                     "with 7 or 8 patches a side, or code_len = (patches a side / 2)^2 or / 4")
+
+
+class Quantizer(nn.Module):
+    """NSVQ (Vali and Backstrom 2022) with a codebook that cannot stay dead.
+
+    State: `codebook` [V, Q]; buffers `uses` [V] (how often each entry was chosen since the last
+    replacement) and `batches` (how many batches that was).
+    """
+
+    def __init__(self, c):
+        super().__init__()
+        self.c = c
+        self.project_in = nn.Linear(c.dim, c.quant_dim)
+        self.project_out = nn.Linear(c.quant_dim, c.dim)
+        self.cnn = code_cnn(c.grid, c.code_len, c.quant_dim)
+        self.codebook = nn.Parameter(torch.randn(c.codebook_size, c.quant_dim) * c.codebook_init)
+        self.register_buffer("uses", torch.zeros(c.codebook_size))
+        self.register_buffer("batches", torch.zeros(()))
+
+    def difference(self, first, last):
+        """Patch tokens of both frames [B, N, D] -> d = cnn(last) - cnn(first), [B, K, Q]"""
+        def summary(x):
+            x = self.project_in(x).transpose(1, 2)  # B Q N
+            return self.cnn(x.unflatten(2, (self.c.grid, self.c.grid))).flatten(2).transpose(1, 2)
+        return summary(last) - summary(first)
+
+    def nearest(self, d):
+        """[B, K, Q] -> indices [B, K] of the nearest entries by squared Euclidean distance"""
+        d, codebook = d.float(), self.codebook.float()
+        distance = (d**2).sum(-1, keepdim=True) - 2 * d @ codebook.T + (codebook**2).sum(-1)
+        return distance.argmin(-1)
+
+    def substitute(self, d, indices, noise=None):
+        """The NSVQ training value d + |d - c| v/|v|: gradients reach encoder and codebook."""
+        if noise is None:
+            noise = torch.randn_like(d)
+        error = (d - self.codebook[indices]).norm(dim=-1, keepdim=True)
+        return d + (error / noise.norm(dim=-1, keepdim=True) + 1e-12) * noise
+
+    def tokens(self, values):
+        """Quantised values [B, K, Q] -> action tokens for the decoder [B, K, D]"""
+        if self.c.official_code_read:
+            values = values.reshape(len(values), self.c.quant_dim, -1).transpose(1, 2)
+        return self.project_out(values)
+
+    @torch.no_grad()
+    def count(self, indices):
+        """Remember which entries a batch used.  Every use counts, unless the official rule is on."""
+        if self.c.official_counting:
+            self.uses[indices.flatten()] += 1  # a repeated index adds one only: the official bug
+        else:
+            uses = torch.bincount(indices.flatten(), minlength=len(self.uses)).to(self.uses.dtype)
+            if dist.is_initialized():
+                dist.all_reduce(uses)
+            self.uses += uses
+        self.batches += 1
+
+    @torch.no_grad()
+    def replace_dead(self, d, dead_below=0.1):
+        """Move each entry with under `dead_below` of a fair share of the uses onto an encoder output
+        of the batch d [B, K, Q], chosen with probability ~ squared distance to the live entries
+        (k-means++), the same on every rank.  Returns how many moved."""
+        if self.c.official_counting:
+            dead = self.uses / len(d) < dead_below
+            live = self.codebook[~dead]
+            if len(live):
+                pick = torch.randint(len(live), (int(dead.sum()),), device=d.device)
+                noise = 1e-12 * torch.randn_like(self.codebook[dead])
+                self.codebook[dead] = live[pick] + noise
+        else:
+            dead = self.uses < dead_below * self.uses.sum() / len(self.uses)
+            points = d.flatten(0, 1).float()
+            taken = self.codebook[~dead].float()
+            for i in dead.nonzero().flatten().tolist():
+                gap = torch.cdist(points, taken).min(dim=1).values ** 2 if len(taken) \
+                    else torch.ones(len(points), device=d.device)
+                far = points[torch.multinomial(gap + 1e-12, 1)]
+                self.codebook[i] = far[0].to(self.codebook.dtype)
+                taken = torch.cat((taken, far))
+            if dist.is_initialized():
+                dist.broadcast(self.codebook.data, 0)
+        self.uses.zero_()
+        self.batches.zero_()
+        return int(dead.sum())
+
+
+class LAQ(nn.Module):
+    """Latent action quantizer.  Frames are float [.., 3, H, W] in [0, 1]."""
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        if c.image_size % c.patch_size:
+            raise ValueError(f"image_size {c.image_size} is no multiple of patch_size {c.patch_size}")
+        pixels = 3 * c.patch_size**2
+        self.patch_embed = nn.Sequential(nn.LayerNorm(pixels), nn.Linear(pixels, c.dim),
+                                         nn.LayerNorm(c.dim))
+        self.position_bias = PositionBias(c.dim, c.heads, c.grid)
+        self.spatial_encoder = Transformer(c, c.spatial_depth)
+        self.temporal_encoder = Transformer(c, c.temporal_depth, over_time=True)
+        self.quantizer = Quantizer(c)
+        self.decoder = Transformer(c, c.spatial_depth, cross=True)
+        self.to_pixels = nn.Linear(c.dim, pixels)
+
+    @property
+    def blocks(self):
+        """The repeated layers, for whoever shards or checkpoints activations."""
+        return [*self.spatial_encoder.layers, *self.temporal_encoder.layers, *self.decoder.layers]
+
+    def patches(self, frames):
+        """[B, T, 3, H, W] -> patch embeddings [B, T, N, D]; a patch vector runs channel, row, column"""
+        p, g = self.config.patch_size, self.config.grid
+        x = frames.unflatten(-1, (g, p)).unflatten(-3, (g, p))  # B T C g p g p
+        return self.patch_embed(x.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(2, 3))
+
+    def encode(self, tokens, bias):
+        """Patch embeddings [B, 2, N, D] -> pre-quantisation difference d [B, K, Q]"""
+        x = self.temporal_encoder(self.spatial_encoder(tokens, bias))
+        return self.quantizer.difference(x[:, 0], x[:, 1])
+
+    def difference(self, pair):
+        """pair [B, 2, 3, H, W] -> d [B, K, Q], what the codes are made of"""
+        return self.encode(self.patches(pair), self.position_bias())
+
+    def decode(self, first, values, bias):
+        """First frame's embeddings [B, 1, N, D] and quantised d [B, K, Q] -> x_{t+H} [B, 3, H, W]"""
+        context = self.quantizer.tokens(values)  # B K D
+        x = self.to_pixels(self.decoder(first, bias, context))[:, 0]  # B N 3pp
+        p, g = self.config.patch_size, self.config.grid
+        return x.unflatten(2, (3, p, p)).unflatten(1, (g, g)).permute(0, 3, 1, 4, 2, 5).flatten(
+            4).flatten(2, 3)
+
+    def forward(self, pair, seen=None, noise=None):
+        """Training pass (paper 3.1): the MSE of the future frame drawn through NSVQ.
+
+        pair [B, 2, 3, H, W] is (x_t, x_{t+H}); `seen`, of the same shape, is what the encoder looks
+        at instead (see quantize.py, common_shift); noise [B, K, Q] stands in for NSVQ's own.
+        -> loss (scalar), d [B, K, Q], indices [B, K]
+        """
+        bias = self.position_bias()
+        tokens = self.patches(pair)
+        d = self.encode(tokens if seen is None else self.patches(seen), bias)
+        indices = self.quantizer.nearest(d)
+        value = self.quantizer.substitute(d, indices, noise)
+        # The decoder must not shape the patch embedding: official code detaches here.
+        predicted = self.decode(tokens[:, :1].detach(), value, bias)
+        return F.mse_loss(predicted.float(), pair[:, 1]), d, indices
+
+    @torch.no_grad()
+    def label(self, pair):
+        """pair [B, 2, 3, H, W] -> latent action, int64 [B, K] in [0, codebook_size)"""
+        return self.quantizer.nearest(self.difference(pair))
+
+    @torch.no_grad()
+    def imagine(self, frame, codes):
+        """World model: x_t [B, 3, H, W] and codes int [B, K] -> predicted x_{t+H} [B, 3, H, W]"""
+        first = self.patches(frame[:, None])
+        return self.decode(first, self.quantizer.codebook[codes], self.position_bias())
+
+
+# Official LAQ key -> ours, in order; `convert.py` applies it to laq_*.pt and safetensors files.
+LAQ_KEYS = (
+    (r"^module\.", ""),
+    (r"^spatial_rel_pos_bias\.net\.2\.", "position_bias.net.4."),
+    (r"^spatial_rel_pos_bias\.net\.1\.0\.", "position_bias.net.2."),
+    (r"^spatial_rel_pos_bias\.net\.0\.0\.", "position_bias.net.0."),
+    (r"^to_patch_emb_first_frame\.1\.", "patch_embed.0."),
+    (r"^to_patch_emb_first_frame\.2\.", "patch_embed.1."),
+    (r"^to_patch_emb_first_frame\.3\.", "patch_embed.2."),
+    (r"^to_pixels_first_frame\.0\.", "to_pixels."),
+    (r"^enc_(spatial|temporal)_transformer\.", r"\1_encoder."),
+    (r"^dec_spatial_transformer\.", "decoder."),
+    (r"\.layers\.(\d+)\.0\.dsconv\.", r".layers.\1.peg.conv."),
+    (r"\.layers\.(\d+)\.1\.", r".layers.\1.attention."),
+    (r"\.layers\.(\d+)\.2\.", r".layers.\1.cross."),
+    (r"\.layers\.(\d+)\.3\.4\.", r".layers.\1.ff.3."),
+    (r"\.layers\.(\d+)\.3\.", r".layers.\1.ff."),
+    (r"\.gamma$", ".weight"),
+    (r"^vq\.cnn_encoder\.", "quantizer.cnn."),
+    (r"^vq\.codebooks$", "quantizer.codebook"),
+    (r"^vq\.", "quantizer."),
+)
+
+
+def laq_from_official(state, image_size=None):
+    """Official LAQ state_dict (with or without the `module.` prefix) -> LAQ, strictly loaded.
+
+    The configuration is read off the tensors' shapes; the two quirks that the weights depend on are
+    switched on.  image_size defaults to the 8 patches a side that codes of length 1, 2 and 4 need.
+    Raises ValueError naming missing, extra or misshapen tensors, a non-zero beta, or an odd shape.
+    """
+    weights = {}
+    for name, tensor in state.items():
+        if name.endswith(".beta"):
+            if tensor.any():
+                raise ValueError(f"{name}: expected zeros (a LayerNorm without bias)")
+        elif tensor.numel():  # self-attention carries null_kv of size zero
+            for pattern, ours in LAQ_KEYS:
+                name = re.sub(pattern, ours, name)
+            weights[name] = tensor.float()
+
+    def shape(name, rank):
+        if name not in weights or weights[name].ndim != rank:
+            raise ValueError(f"tensor {name} of rank {rank} is missing: not a LAQ checkpoint")
+        return weights[name].shape
+
+    def depth(part):
+        return 1 + max((int(k.split(".")[2]) for k in weights if k.startswith(part + ".layers.")),
+                       default=-1)
+
+    dim, pixels = shape("patch_embed.1.weight", 2)
+    codes, quant_dim = shape("quantizer.codebook", 2)
+    patch = math.isqrt(pixels // 3)
+    second = weights.get("quantizer.cnn.2.weight")
+    lengths = {(4, 4): 1, (3, 4): 2, (3, 3): 4}  # kernel of the second convolution -> code_len
+    code_len = lengths[tuple(second.shape[2:])] if second is not None else None
+    image_size = image_size or 8 * patch
+    if code_len is None:
+        code_len = math.ceil(image_size / patch / 2) ** 2
+    elif image_size // patch > 8:  # two stride-2 convolutions
+        code_len = math.ceil(image_size / patch / 4) ** 2
+    config = LAQConfig(
+        image_size=image_size, patch_size=patch, dim=dim,
+        spatial_depth=depth("spatial_encoder"), temporal_depth=depth("temporal_encoder"),
+        heads=shape("position_bias.net.4.weight", 2)[0],
+        dim_head=shape("spatial_encoder.layers.0.attention.q_scale", 1)[0], quant_dim=quant_dim,
+        codebook_size=codes, code_len=code_len, official_peg=True, official_code_read=True)
+    model = LAQ(config)
+    weights["quantizer.uses"], weights["quantizer.batches"] = model.quantizer.uses, \
+        model.quantizer.batches
+    load_strictly(model, weights)
+    return model
+
+
+# ------------------------------------------------------------------------ stages 2 and 3: VLA
+
+TEXT, VISION, LATENT, ACTION = range(4)  # the vocabulary a position belongs to
+
+
+@dataclass
+class VLAConfig:
+    """Shape of a vision-language-action model; the defaults are LWM-Chat-1M's body (7B)."""
+
+    dim: int = 4096
+    layers: int = 32
+    heads: int = 32
+    mlp: int = 11008
+    text_vocab: int = 32000
+    latent_vocab: int = 8  # codes of the LAQ; 0: no latent table and head
+    action_vocab: int = 0  # 256 bins a robot action dimension; 0: no action table and head
+    rope_theta: float = 5e7
+    rms_eps: float = 1e-6
+    image_size: int = 64  # pixels, square
+    patch_size: int = 16  # an image enters as linear patch embeddings, (image_size/patch_size)^2
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(x.dtype)
+
+
+def rotate(x, cos, sin):
+    """Interleaved rotary embedding: channel pairs (2i, 2i+1). x [B, heads, L, D]"""
+    even, odd = x[..., 0::2].float(), x[..., 1::2].float()
+    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return turned.flatten(-2).to(x.dtype)
+
+
+class Block(nn.Module):
+    """One LLaMA layer: x += attention(norm(x)); x += w2(silu(w1 norm(x)) * w3 norm(x))"""
+
+    def __init__(self, c):
+        super().__init__()
+        linear = lambda i, o: nn.Linear(i, o, bias=False)
+        self.heads = c.heads
+        self.attention_norm, self.ffn_norm = RMSNorm(c.dim, c.rms_eps), RMSNorm(c.dim, c.rms_eps)
+        self.wq, self.wk, self.wv, self.wo = (linear(c.dim, c.dim) for _ in range(4))
+        self.w1, self.w3, self.w2 = linear(c.dim, c.mlp), linear(c.dim, c.mlp), linear(c.mlp, c.dim)
+
+    def forward(self, x, rope, mask, cache=None):
+        split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # B heads L dim_head
+        y = self.attention_norm(x)
+        q, k, v = rotate(split(self.wq(y)), *rope), rotate(split(self.wk(y)), *rope), \
+            split(self.wv(y))
+        if cache is not None:
+            k, v = cache(k, v)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        x = x + self.wo(y.transpose(1, 2).flatten(2))
+        y = self.ffn_norm(x)
+        return x + self.w2(F.silu(self.w1(y)) * self.w3(y))
+
+
+class KVCache:
+    """Keys and values of one layer, in buffers of a fixed length: append, then read all so far."""
+
+    def __init__(self, length):
+        self.length, self.used, self.k, self.v = length, 0, None, None
+
+    def __call__(self, k, v):
+        if self.k is None:
+            B, heads, _, width = k.shape
+            self.k, self.v = (k.new_empty(B, heads, self.length, width) for _ in range(2))
+        end = self.used + k.shape[2]
+        self.k[:, :, self.used:end], self.v[:, :, self.used:end] = k, v
+        self.used = end
+        return self.k[:, :, :end], self.v[:, :, :end]
+
+
+class VLA(nn.Module):
+    """LLaMA over four vocabularies.  A position is embedded and scored by its own vocabulary alone."""
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        self.text_embed = nn.Embedding(c.text_vocab, c.dim)
+        # The vision side.  Here linear patches; the VQGAN's code table and head belong here too.
+        self.patch_embed = nn.Linear(3 * c.patch_size**2, c.dim)
+        self.patch_position = nn.Parameter(0.3 * torch.randn(self.image_tokens, c.dim))
+        self.layers = nn.ModuleList(Block(c) for _ in range(c.layers))
+        self.norm = RMSNorm(c.dim, c.rms_eps)
+        self.text_head = nn.Linear(c.dim, c.text_vocab, bias=False)
+        self.latent_embed = self.latent_head = self.action_embed = self.action_head = None
+        if c.latent_vocab:
+            self.latent_embed = nn.Embedding(c.latent_vocab, c.dim)
+            self.latent_head = nn.Linear(c.dim, c.latent_vocab, bias=False)
+        if c.action_vocab:
+            self.action_embed = nn.Embedding(c.action_vocab, c.dim)
+            self.action_head = nn.Linear(c.dim, c.action_vocab, bias=False)
+        self.apply(self.init_weights)
+
+    @staticmethod
+    def init_weights(module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+
+    @property
+    def image_tokens(self):
+        return (self.config.image_size // self.config.patch_size) ** 2
+
+    @property
+    def blocks(self):
+        return list(self.layers)
+
+    @property
+    def vision_side(self):
+        """Parameters that stages 2 and 3 keep frozen (paper 3.2)"""
+        return [*self.patch_embed.parameters(), self.patch_position]
+
+    def heads(self):
+        """Vocabulary -> (embedding, head) for those this model has, vision excepted"""
+        both = {TEXT: (self.text_embed, self.text_head),
+                LATENT: (self.latent_embed, self.latent_head),
+                ACTION: (self.action_embed, self.action_head)}
+        return {kind: pair for kind, pair in both.items() if pair[0] is not None}
+
+    def embed(self, tokens, kinds, images):
+        """tokens, kinds int64 [B, L]; images float [B, 3, H, W] in [-1, 1] or None -> [B, L, D]"""
+        x = self.text_embed(torch.where(kinds == TEXT, tokens, 0))
+        for kind, (table, _) in self.heads().items():
+            if kind != TEXT:
+                here = kinds == kind
+                x = torch.where(here[..., None], table(torch.where(here, tokens, 0)), x)
+        if images is not None:
+            p, c = self.config.patch_size, self.config
+            g = c.image_size // p
+            patches = images.unflatten(-1, (g, p)).unflatten(-3, (g, p))  # B C g p g p
+            patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # B N 3pp
+            patches = (self.patch_embed(patches) + self.patch_position).to(x.dtype)
+            x = x.masked_scatter((kinds == VISION)[..., None], patches)
+        return x
+
+    def forward(self, tokens, kinds, images=None, valid=None, caches=None, start=0):
+        """Final hidden states [B, L, D]; score them with `score`.
+
+        tokens, kinds int64 [B, L]; images [B, 3, H, W] in [-1, 1]; valid bool [B, start + L] marks
+        the keys that are no padding (None: all); caches, one KVCache a layer, hold `start` earlier
+        positions.  Position ids count valid tokens (official: cumsum(mask) - 1).
+        """
+        B, L = tokens.shape
+        if valid is None:
+            position = torch.arange(start, start + L, device=tokens.device)[None]
+            mask = None
+            if start:
+                at = torch.arange(start + L, device=tokens.device)
+                mask = at[None, :] <= at[start:, None]
+        else:
+            position = (valid.long().cumsum(1) - 1).clamp(min=0)[:, start:]
+            at = torch.arange(start + L, device=tokens.device)
+            mask = (at[None, :] <= at[start:, None]) & valid[:, None, None, :]
+            mask = mask | (at[None, :] == at[start:, None])  # a padding row sees itself: no NaN
+        c = self.config
+        half = torch.arange(0, c.dim // c.heads, 2, device=tokens.device).float()
+        angle = position[:, None, :, None] * c.rope_theta ** (-half / (c.dim // c.heads))
+        rope = angle.cos(), angle.sin()
+        x = self.embed(tokens, kinds, images)
+        for i, block in enumerate(self.layers):
+            x = block(x, rope, mask, caches[i] if caches else None)
+        return self.norm(x)
+
+    def score(self, hidden, kind):
+        """hidden [.., D] -> logits [.., V] of the vocabulary `kind` (TEXT, LATENT or ACTION)"""
+        return self.heads()[kind][1](hidden)
+
+    def answer_loss(self, hidden, rows, kind, soft=0.0):
+        """Cross entropy of the answer's tokens of one vocabulary, averaged over a row's, then rows.
+
+        hidden [B, L, D]; rows: tensors [B, L] targets, target_kinds, mask (see data.Sequences);
+        soft: width in bins of a Gaussian of target probability around the true token (0: one-hot).
+        -> loss, share of exactly predicted tokens (scalars)
+        """
+        chosen = rows["mask"] & (rows["target_kinds"] == kind)
+        row = chosen.nonzero()[:, 0]
+        logits, target = self.score(hidden[chosen], kind).float(), rows["targets"][chosen]
+        if soft:
+            gap = torch.arange(logits.shape[-1], device=target.device) - target[:, None]
+            target_share = torch.softmax(-0.5 * (gap / soft) ** 2, dim=-1)
+            losses = F.cross_entropy(logits, target_share, reduction="none")
+        else:
+            losses = F.cross_entropy(logits, target, reduction="none")
+        count = torch.bincount(row, minlength=len(hidden))
+        loss = (losses / count[row]).sum() / (count > 0).sum().clamp(min=1)
+        return loss, (logits.argmax(-1) == target).float().mean()
+
+    def adopt(self, weights):
+        """Take over another model's tensors by name; latent and action tables and heads that it
+        does not have stay fresh, those that this model lacks are dropped.  -> names of fresh tensors"""
+        own = ("latent_", "action_")
+        fresh = [n for n in self.state_dict() if n.startswith(own) and n not in weights]
+        shed = [n for n in weights if n.startswith(own) and n not in self.state_dict()]
+        load_strictly(self, {n: w for n, w in weights.items() if n not in shed}, fresh)
+        return fresh
+
+    @torch.no_grad()
+    def generate(self, tokens, kinds, images, valid, kind, count, use_cache=True):
+        """Greedy continuation of left-padded prompts by `count` tokens of one vocabulary.
+
+        tokens, kinds int64 [B, L], valid bool [B, L], images [B, 3, H, W] -> int64 [B, count]
+        """
+        B, L = tokens.shape
+        caches = [KVCache(L + count) for _ in self.layers] if use_cache else None
+        start, fresh = 0, (tokens, kinds, images)
+        for i in range(count):
+            hidden = self(*fresh, valid=valid, caches=caches, start=start)
+            chosen = self.score(hidden[:, -1], kind).argmax(-1, keepdim=True)
+            tokens = torch.cat((tokens, chosen), dim=1)
+            kinds = torch.cat((kinds, torch.full_like(chosen, kind)), dim=1)
+            start = tokens.shape[1] - 1 if use_cache else 0
+            fresh = (chosen, kinds[:, -1:], None) if use_cache else (tokens, kinds, images)
+            valid = torch.cat((valid, torch.ones_like(chosen, dtype=torch.bool)), dim=1)
+        return tokens[:, L:]
+
+
+# ------------------------------------------------------------------------ both
+
+
+def load_strictly(model, weights, fresh=()):
+    """Copy `weights` (name -> tensor) into model; names and shapes must agree as sets.
+
+    The names in `fresh` keep their initial values.  Raises ValueError that
+    names every missing, unexpected or misshapen tensor.
+    """
+    ours = model.state_dict()
+    kept = set(fresh)
+    missing = sorted(ours.keys() - weights.keys() - kept)
+    extra = sorted(weights.keys() - ours.keys())
+    wrong = [f"{name} {tuple(weights[name].shape)}, expected {tuple(ours[name].shape)}"
+             for name in sorted(ours.keys() & weights.keys())
+             if weights[name].shape != ours[name].shape]
+    problems = [f"{what}: {', '.join(names)}" for what, names in
+                (("missing", missing), ("unexpected", extra), ("wrong shape", wrong)) if names]
+    if problems:
+        raise ValueError("; ".join(problems))
+    model.load_state_dict({**{name: ours[name] for name in kept}, **weights})
+
+
+def count_parameters(model):
+    return sum(p.numel() for p in model.parameters())
+

@@ -1,0 +1,290 @@
+"""Stage 2, latent pretraining (paper 3.2): predict the latent action from an image and an instruction.
+
+One loop serves every arm of the paper's comparison; they differ only in what they predict:
+    --labels latent    LAPA: the codes that quantize.py wrote for each frame
+    --labels action    ACTIONVLA: the true actions of all episodes (the upper bound)
+    --labels idm       VPT: actions guessed by an inverse dynamics model trained on the labelled few
+    --labels caption   the base phase: describe still scenes.  It stands in for LWM, the pretrained
+                       vision-language model that all of the paper's arms start from.
+
+    python pretrain.py --labels caption --data data/scenes --out runs/base --preset tiny
+    python pretrain.py --labels latent --data data/tabletop --laq runs/demo/quantize \\
+        --init_from runs/base --out runs/demo/pretrain --preset tiny                      # laptop
+    torchrun --nproc_per_node 8 pretrain.py --labels latent --data D --laq Q --out O      # eight GPUs
+"""
+
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import nn
+from tqdm import tqdm
+
+import common
+import data
+import quantize
+from model import ACTION, LAQ, LATENT, TEXT, VLA, LAQConfig, VLAConfig, count_parameters, \
+    load_strictly
+
+KINDS = {"latent": LATENT, "action": ACTION, "idm": ACTION, "caption": TEXT}
+
+
+@dataclass(kw_only=True)
+class PretrainConfig(VLAConfig):
+    """The options of this stage, on top of the network's shape (which --init_from settles)."""
+
+    data: str  # dataset folder
+    out: str  # run folder
+    preset: str = "lapa"  # named size: tiny, base or lapa (the paper's)
+    labels: str = "latent"  # what to predict: latent, action, idm or caption
+    laq: str = ""  # quantize run whose latent actions are predicted
+    latents: str = ""  # labels folder; empty: the one inside --laq
+    init_from: str = ""  # checkpoint to start from; empty: random weights
+    freeze_vision: bool = True  # paper 3.2; without --init_from the vision side is trained
+    where: str = ""  # keep episodes with these fields
+    held_out: int = 50  # episodes kept for validation
+    template: str = "{instruction}"  # text around the instruction
+    steps: int = 70_000  # paper, Open-X
+    batch: int = 128  # rows a step, over all processes (paper 128, code 256)
+    lr: float = 2e-5  # AdamW 0.9/0.95, constant, no weight decay (code)
+    head_lr: float = 1.0  # rate of a fresh head and its table, relative to lr
+    warmup: int = 0  # steps
+    final_lr: float = 1.0  # cosine down to this share of lr
+    clip: float = 1.0  # gradient norm
+    bins: int = 256  # action labels: bins a dimension
+    soft_bins: float = 0.0  # action labels: width, in bins, of a Gaussian around the true one
+    binary: str = ""  # action labels: dimensions with two values (grippers), e.g. 6
+    labelled: int = 50  # idm: labelled episodes the inverse dynamics model may learn from
+    labelled_data: str = ""  # idm: where they are; empty: --data
+    labelled_where: str = ""  # idm: and which, e.g. combination=seen
+    idm_steps: int = 400  # idm: steps of 64 pairs
+    seed: int = 0
+    log_every: int = 50  # steps
+    save_every: int = 1000  # steps between checkpoints
+    resume: bool = False  # continue from the latest checkpoint in --out
+
+
+PRESETS = {
+    "tiny": dict(dim=128, layers=4, heads=4, mlp=344, rope_theta=1e4, steps=600, batch=64,
+                 lr=4e-4, head_lr=4.0, warmup=30, final_lr=0.1, soft_bins=8.0, save_every=300),
+    "base": dict(dim=768, layers=12, heads=12, mlp=2048, rope_theta=1e4, image_size=128,
+                 steps=20_000, lr=3e-4, head_lr=4.0, warmup=300, final_lr=0.1, soft_bins=8.0),
+    "lapa": dict(template="You are a helpful assistant. USER: What action should the robot take to "
+                          "`{instruction}` ASSISTANT:"),
+}
+
+
+def loss_of(model, rows, kind, soft=0.0):
+    """Stage-2 loss (formats section 6): 0.99 x cross entropy of the labels + 0.01 x that of the tags
+    around them and eos; for captions, whose labels are text, plain cross entropy.
+
+    rows: a batch as made by `row_maker`.  -> loss, share of labels predicted exactly
+    """
+    hidden = model(rows["tokens"], rows["kinds"], rows["images"])
+    text, text_right = model.answer_loss(hidden, rows, TEXT)
+    if kind == TEXT:
+        return text, text_right
+    loss, right = model.answer_loss(hidden, rows, kind, soft)
+    return 0.99 * loss + 0.01 * text, right
+
+
+# ------------------------------------------------------------------------ labels
+
+
+@torch.no_grad()
+def invert(idm, scale, episodes):
+    """Actions an inverse dynamics model reads off every frame and its successor: list of [T, A]"""
+    device, guessed = scale.device, []
+    for e in episodes:
+        index = np.minimum(np.stack([np.arange(len(e.frames)), np.arange(len(e.frames)) + 1], 1),
+                           len(e.frames) - 1)
+        d = idm["encoder"].difference(data.to_float(e.frames[index]).to(device))
+        guess = idm["head"](d.flatten(1)) * scale[1] + scale[0]
+        guess[-1] = guess[-2]  # nothing follows the last frame
+        guessed.append(guess.cpu().numpy())
+    return guessed
+
+
+def train_inverse_dynamics(c, processes, few):
+    """VPT's inverse dynamics model: a fresh stage-1 encoder and a linear head, regressing a_t from
+    (x_t, x_{t+1}) of the labelled few.  -> modules, [mean, std] of the actions"""
+    torch.manual_seed(c.seed)
+    names = {f.name for f in fields(LAQConfig)}
+    shape = {k: v for k, v in quantize.PRESETS[c.preset].items() if k in names}
+    encoder = LAQ(LAQConfig(**{**shape, "image_size": c.image_size}))
+    known = np.concatenate([e.actions for e in few])
+    width = encoder.config.code_len * encoder.config.quant_dim
+    idm = nn.ModuleDict({"encoder": encoder, "head": nn.Linear(width, known.shape[1])})
+    processes.shard(idm)
+    scale = torch.from_numpy(np.stack([known.mean(0), known.std(0) + 1e-6])).to(processes.device)
+    params = [p for n, p in idm.named_parameters() if "decoder" not in n and "to_pixels" not in n]
+    optimizer = common.make_optimizer([{"params": params, "lr": 1e-3}])
+    lengths = [min(len(e.actions), len(e.frames) - 1) for e in few]
+    for step in tqdm(range(c.idm_steps), desc="inverse dynamics", mininterval=1.0, leave=False,
+                     disable=not processes.main):
+        common.seed_step(c.seed, step)
+        which = data.draw(c.seed, step, 64, lengths)
+        pair = data.to_float(np.stack([few[e].frames[t:t + 2] for e, t in which]))
+        pair = quantize.common_shift(pair.to(processes.device), 0.25)  # moves neither label nor motion
+        target = torch.from_numpy(np.stack([few[e].actions[t] for e, t in which])).to(pair.device)
+        guess = idm["head"](encoder.difference(pair).flatten(1))
+        loss = ((guess - (target - scale[0]) / scale[1]) ** 2).mean()
+        loss.backward()
+        common.optimizer_step(optimizer, processes, 1.0,
+                              common.warmup_cosine(step, c.idm_steps, 20, 0.05))
+    return idm.eval(), scale
+
+
+def answers_for(c, processes, dataset, train_set, held_out):
+    """What the model shall say at every frame -> answers of the training and of the held-out
+    episodes (lists of [T, n] codes or bins, or of T captions), and what of it the checkpoint keeps"""
+    both = train_set + held_out
+    if c.labels == "caption":
+        missing = [e.id for e in both if "captions" not in e.info]
+        if missing:
+            common.fail(f"{c.data}/episodes.jsonl: episode {missing[0]!r}: field captions: missing, "
+                        "and --labels caption needs it")
+        answers, kept = [e.info["captions"] for e in both], {}
+    elif c.labels == "latent":
+        answers, kept = data.load_labels(c.latents or Path(c.laq) / "labels", dataset, both)
+        mark = common.fingerprint(common.find_checkpoint(c.laq, "laq"))
+        if kept["laq"] != mark:
+            common.fail(f"{c.latents or c.laq + '/labels'}/labels.json: made by LAQ {kept['laq']}, "
+                        f"--laq {c.laq} is {mark}: label again with quantize.py label")
+    else:
+        if c.labels == "action":
+            actions = [e.actions for e in both]
+        else:
+            few_data = data.open_dataset(c.labelled_data or c.data, c.image_size, c.labelled_where,
+                                         actions_needed=True)
+            few = data.labelled_few(few_data.split(c.held_out)[0], c.labelled, c.seed)
+            actions = invert(*train_inverse_dynamics(c, processes, few), both)
+            known = [(g[:len(e.actions)], e.actions) for g, e in zip(actions, both)
+                     if e.actions is not None][len(train_set):]
+            if known:
+                guess, true = (np.concatenate(rows) for rows in zip(*known))
+                r2 = 1 - ((guess - true) ** 2).sum(0) / ((true - true.mean(0)) ** 2).sum(0)
+                processes.say("inverse dynamics R2 on held-out episodes:", r2.round(3).tolist())
+        edges = data.fit_bins(np.concatenate(actions[:len(train_set)]), c.bins,
+                              data.parse_dimensions(c.binary))
+        answers, kept = [data.to_bins(a, edges) for a in actions], {"bins": [list(e) for e in edges]}
+    return answers[:len(train_set)], answers[len(train_set):], kept
+
+
+def row_maker(sequences, episodes, answers, kind, device):
+    """-> a function: [(episode, t), ..] -> batch of token rows with float images in [-1, 1]"""
+    def rows(which):
+        batch = sequences.rows([episodes[e].instruction for e, _ in which],
+                               [answers[e][t] for e, t in which], kind)
+        frames = np.stack([episodes[e].frames[t] for e, t in which])
+        batch["images"] = data.to_float(frames) * 2 - 1
+        return {name: tensor.to(device) for name, tensor in batch.items()}
+    return rows
+
+
+# ------------------------------------------------------------------------ training
+
+
+def build_model(c, given, kind, dataset, processes):
+    """A fresh VLA, or one that inherits --init_from's shape and weights -> model, tokenizer, names
+    of fresh tensors"""
+    vocabularies = {"latent_vocab": c.latent_vocab if kind == LATENT else 0,
+                    "action_vocab": c.bins if kind == ACTION else 0}
+    if not c.init_from:
+        tokenizer = data.dataset_tokenizer(dataset)
+        shape = {f.name: getattr(c, f.name) for f in fields(VLAConfig)}
+        shape.update(vocabularies, text_vocab=tokenizer.get_vocab_size())
+        return VLA(VLAConfig(**shape)), tokenizer, []
+    weights, meta = common.load_checkpoint(c.init_from, "init_from", ("pretrain",))
+    shape = {**meta["model"], **vocabularies}
+    for name in sorted(given & shape.keys() - vocabularies.keys()):
+        if getattr(c, name) != shape[name]:
+            common.fail(f"--{name} {getattr(c, name)}: --init_from {c.init_from} has {shape[name]}")
+    tokenizer = Tokenizer.from_file(str(common.find_checkpoint(c.init_from, "init_from")
+                                        / "tokenizer.json"))
+    model = VLA(VLAConfig(**shape))
+    fresh = model.adopt(weights)
+    processes.say(f"inherited {c.init_from} (step {meta['step']}); fresh: {', '.join(fresh)}")
+    return model, tokenizer, fresh
+
+
+def make_optimizer(model, c, fresh):
+    """Fresh heads and tables learn at head_lr x lr, the body at lr; the vision side of a pretrained
+    model is frozen"""
+    if c.init_from and c.freeze_vision:
+        for p in model.vision_side:
+            p.requires_grad_(False)
+    new = [p for n, p in model.named_parameters() if n in fresh]
+    old = [p for n, p in model.named_parameters() if n not in fresh]
+    return common.make_optimizer([{"params": old, "lr": c.lr},
+                                  {"params": new, "lr": c.lr * c.head_lr}],
+                                 betas=(0.9, 0.95), weight_decay=0.0)
+
+
+@torch.no_grad()
+def validate(model, rows, lengths, kind, batch, soft):
+    """Loss and accuracy on 256 frames of the held-out episodes, the same ones every time"""
+    which = data.draw(0, 0, 256, lengths)
+    results = [loss_of(model, rows(which[at:at + batch]), kind, soft)
+               for at in range(0, len(which), batch)]
+    return {"val_loss": float(sum(r[0] for r in results) / len(results)),
+            "val_accuracy": float(sum(r[1] for r in results) / len(results))}
+
+
+def train(c, given):
+    if c.labels not in KINDS:
+        common.fail(f"--labels {c.labels!r}: expected one of {', '.join(KINDS)}")
+    if c.labels == "latent" and not c.laq:
+        common.fail("--labels latent needs --laq, the quantize run that made them")
+    processes, kind = common.Processes(), KINDS[c.labels]
+    mine = processes.share(c.batch)
+    if c.labels == "latent":
+        _, laq = quantize.load_laq(c.laq)
+        c.latent_vocab = laq["model"]["codebook_size"]
+    if c.init_from:
+        c.image_size = common.load_checkpoint(c.init_from, "init_from", ("pretrain",))[1][
+            "model"]["image_size"]
+    dataset = data.open_dataset(c.data, c.image_size, c.where, actions_needed=c.labels == "action")
+    train_set, held_out = dataset.split(c.held_out)
+    torch.manual_seed(c.seed)
+    model, tokenizer, fresh = build_model(c, given, kind, dataset, processes)
+    answers, held_answers, kept = answers_for(c, processes, dataset, train_set, held_out)
+    run = common.Run(c, processes, "pretrain",
+                     {"data": dataset.fingerprint, "where": c.where, "labels": c.labels,
+                      "laq": kept.get("laq"), "window": kept.get("window"),
+                      "model": model.config.__dict__, "seed": c.seed, "batch": c.batch})
+    processes.shard(model)
+    optimizer = make_optimizer(model, c, fresh)
+    run.restore(model, optimizer)
+    sequences = data.Sequences(tokenizer, model.image_tokens, c.template)
+    rows = row_maker(sequences, train_set, answers, kind, processes.device)
+    held_rows = row_maker(sequences, held_out, held_answers, kind, processes.device)
+    lengths, held_lengths = [len(a) for a in answers], [len(a) for a in held_answers]
+    meta = {"model": model.config.__dict__, "labels": c.labels, "template": c.template, **kept,
+            "options": c.__dict__}
+    texts = {"tokenizer.json": tokenizer.to_str()}
+    processes.say(f"VLA of {count_parameters(model):,} parameters predicts {c.labels} on "
+                  f"{sum(lengths)} frames of {len(train_set)} episodes, {processes.device}")
+
+    batches = data.stream(lambda step: rows(data.draw(c.seed, step, c.batch, lengths)[mine]),
+                          run.start, c.steps)
+    numbers = {}
+    for step in run.loop("rows"):
+        loss, right = loss_of(model, next(batches), kind, c.soft_bins)
+        loss.backward()
+        norm = common.optimizer_step(optimizer, processes, c.clip,
+                                     common.warmup_cosine(step, c.steps, c.warmup, c.final_lr))
+        if (step + 1) % c.log_every == 0 or step + 1 == c.steps:
+            numbers = {"loss": loss.item(), "accuracy": right.item(), "grad_norm": norm}
+            if held_out:
+                numbers.update(validate(model, held_rows, held_lengths, kind, c.batch, c.soft_bins))
+            run.record(step + 1, c.batch, **numbers)
+        run.save(step + 1, model, optimizer, meta, texts)
+    run.finish(numbers, [])
+
+
+if __name__ == "__main__":
+    train(*common.parse_options(PretrainConfig, sys.argv[1:], PRESETS, "pretrain.py [options]"))

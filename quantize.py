@@ -1,0 +1,346 @@
+"""Stage 1, latent action quantization (paper 3.1): name what changed between two frames.
+
+An encoder looks at a frame and a frame 0.6 s later and writes down 4 codes out of 8; a decoder must
+draw the later frame from the first one and those codes.  No action labels are used.  Afterwards
+every frame of the dataset is labelled with its latent action, and a report card is written.
+
+    python quantize.py --data data/tabletop --out runs/demo/quantize --preset tiny        # laptop
+    python quantize.py --data D --out O --preset lapa                                     # one GPU
+    torchrun --nproc_per_node 8 quantize.py --data D --out O --preset lapa --batch 512    # eight
+    python quantize.py label --laq O --data OTHER --out labels/other          # label more videos
+    python quantize.py report --laq O --data OTHER --out reports/other        # report card on them
+"""
+
+import json
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+import common
+import data
+from model import LAQ, LAQConfig, count_parameters, load_strictly
+
+
+@dataclass(kw_only=True)
+class QuantizeConfig(LAQConfig):
+    """The options of this stage, on top of the network's shape."""
+
+    data: str  # dataset folder
+    out: str  # run folder
+    preset: str = "lapa"  # named size: tiny, base or lapa (the paper's)
+    where: str = ""  # keep episodes with these fields, e.g. embodiment=human,task=push
+    held_out: int = 50  # episodes kept for the report card (unless they carry a `split`)
+    window: float = 0.6  # seconds from x_t to x_{t+H} (paper: 0.6; Something-Something 2.5)
+    shift: float = 0.0  # common random shift of what the encoder sees, as a share of the image
+    steps: int = 100_000
+    batch: int = 64  # pairs a step, over all processes
+    lr: float = 1e-4  # Adam, betas 0.9/0.99, no weight decay (code)
+    codebook_lr: float = 1.0  # codebook rate relative to lr
+    warmup: int = 0  # steps of linear warm-up (official 0)
+    final_lr: float = 1.0  # cosine down to this share of lr (official 1: constant)
+    clip: float = 0.5  # gradient norm
+    replace_below: float = 0.1  # an entry used less than this share of a fair share is dead
+    seed: int = 0
+    log_every: int = 50  # steps
+    save_every: int = 1000  # steps between checkpoints
+    resume: bool = False  # continue from the latest checkpoint in --out
+
+
+PRESETS = {
+    "tiny": dict(image_size=64, patch_size=16, dim=96, spatial_depth=2, temporal_depth=1, heads=4,
+                 dim_head=24, quant_dim=8, codebook_init=0.5, codebook_lr=10.0, shift=0.25,
+                 steps=1200, lr=1e-3, warmup=50, final_lr=0.1, save_every=400),
+    "base": dict(image_size=128, patch_size=16, dim=384, spatial_depth=4, temporal_depth=4, heads=6,
+                 quant_dim=16, codebook_init=0.5, codebook_lr=10.0, shift=0.25, steps=30_000,
+                 lr=3e-4, warmup=500, final_lr=0.1),
+    "lapa": {},
+}
+
+
+# ------------------------------------------------------------------------ training
+
+
+def common_shift(pair, share):
+    """Move both frames of each pair by one random offset, edges replicated. [B, 2, 3, H, W]
+
+    The encoder sees the shifted pair while the decoder redraws the unshifted one: a code that names a
+    place in the picture is then useless, a code that names a motion is not.  Not in the paper.
+    """
+    B, _, _, H, W = pair.shape
+    def shifted(length):
+        offset = torch.randint(-int(share * length), int(share * length) + 1, (B, 1))
+        return (torch.arange(length) + offset).clamp(0, length - 1).to(pair.device)
+    at = torch.arange(B, device=pair.device)[:, None, None]
+    rows, columns = shifted(H)[:, :, None], shifted(W)[:, None, :]
+    return pair.permute(0, 3, 4, 1, 2)[at, rows, columns].permute(0, 3, 4, 1, 2)
+
+
+def replacement_due(step):
+    """Dead codes are replaced often at first, then every 50 steps for as long as training lasts"""
+    return step > 0 and (step % 10 == 0 if step < 100 else step % 50 == 0)
+
+
+def official_replacement_due(step):
+    """The official schedule, which ends at step 5000"""
+    every = 10 if step < 100 else 100 if step < 1000 else 500
+    return 0 < step <= 5000 and step % every == 0
+
+
+def train_step(model, optimizer, processes, c, step, pair):
+    """One optimization step on pairs [B, 2, 3, H, W] in [0, 1].  -> loss, gradient norm, codes used"""
+    common.seed_step(c.seed, step, processes.rank)
+    seen = common_shift(pair, c.shift) if c.shift else None
+    loss, d, indices = model(pair, seen)
+    loss.backward()
+    scale = common.warmup_cosine(step, c.steps, c.warmup, c.final_lr)
+    norm = common.optimizer_step(optimizer, processes, c.clip, scale)
+    model.quantizer.count(indices)
+    due = official_replacement_due if c.official_counting else replacement_due
+    if due(step + 1):
+        model.quantizer.replace_dead(d.detach(), c.replace_below)
+    return loss.item(), norm, len(indices.unique())
+
+
+def make_optimizer(model, c):
+    codebook = model.quantizer.codebook
+    rest = [p for p in model.parameters() if p is not codebook]
+    return common.make_optimizer([{"params": rest, "lr": c.lr},
+                                  {"params": [codebook], "lr": c.lr * c.codebook_lr}],
+                                 torch.optim.Adam, betas=(0.9, 0.99))
+
+
+def train(c):
+    processes = common.Processes()
+    shape = LAQConfig(**{f.name: getattr(c, f.name) for f in fields(LAQConfig)})
+    torch.manual_seed(c.seed)
+    try:
+        model = LAQ(shape)
+    except ValueError as error:
+        common.fail(str(error))
+    mine = processes.share(c.batch)
+    dataset = data.open_dataset(c.data, c.image_size, c.where)
+    train_set, held_out = dataset.split(c.held_out)
+    meta = {"model": shape.__dict__, "window": c.window, "options": c.__dict__}
+    run = common.Run(c, processes, "quantize",
+                     {"data": dataset.fingerprint, "where": c.where, "window": c.window,
+                      "model": shape.__dict__, "seed": c.seed, "batch": c.batch})
+    processes.shard(model)
+    optimizer = make_optimizer(model, c)
+    run.restore(model, optimizer)
+    processes.say(f"LAQ of {count_parameters(model):,} parameters, {len(train_set)} episodes to "
+                  f"learn from, {len(held_out)} held out, {processes.device}")
+
+    lengths = [len(e.frames) for e in train_set]
+    def batch(step):
+        which = data.draw(c.seed, step, c.batch, lengths)[mine]
+        return data.to_float(data.frame_pairs(train_set, which, c.window))
+
+    batches = data.stream(batch, run.start, c.steps)
+    for step in run.loop("pairs"):
+        loss, norm, used = train_step(model, optimizer, processes, c, step,
+                                      next(batches).to(processes.device))
+        if (step + 1) % c.log_every == 0 or step + 1 == c.steps:
+            run.record(step + 1, c.batch, loss=loss, codes=used, grad_norm=norm)
+        run.save(step + 1, model, optimizer, meta)
+    summary, files = {}, []
+    if processes.main:
+        out = Path(c.out)
+        files = write_labels(model, run.found, dataset, dataset.episodes, c.window, out / "labels")
+        if held_out:
+            summary, more = report(model, train_set, held_out, c.window, out, c.seed)
+            files += more
+    run.finish(summary, files)
+
+
+# ------------------------------------------------------------------------ labels
+
+
+def label(model, episodes, window, batch=256):
+    """The latent action of every frame of every episode -> {id: int64 [T, K]}"""
+    device = next(model.parameters()).device
+    rows = [(e, t) for e, episode in enumerate(episodes) for t in range(len(episode.frames))]
+    codes = []
+    for at in tqdm(range(0, len(rows), batch), desc="labels", leave=False, mininterval=1.0):
+        pair = data.frame_pairs(episodes, rows[at:at + batch], window)
+        codes.append(model.label(data.to_float(pair).to(device)).cpu().numpy())
+    ends = np.cumsum([len(e.frames) for e in episodes])[:-1]
+    return {e.id: part for e, part in zip(episodes, np.split(np.concatenate(codes), ends))}
+
+
+def write_labels(model, checkpoint, dataset, episodes, window, folder):
+    data.save_labels(folder, label(model, episodes, window), {
+        "laq": common.fingerprint(checkpoint), "window": window, "dataset": dataset.fingerprint,
+        "codebook_size": model.config.codebook_size, "code_len": model.config.code_len})
+    return [folder / "labels.npy", folder / "labels.json"]
+
+
+# ------------------------------------------------------------------------ report card
+
+
+def psnr(mse):
+    """Mean squared error of pixels in [0, 1] -> dB"""
+    return float(-10 * np.log10(max(mse, 1e-12)))
+
+
+def perplexity(codes, size):
+    """exp of the entropy of one slot's codes, int [M]; 1 when collapsed, `size` when even"""
+    share = np.bincount(codes, minlength=size) / len(codes)
+    return float(np.exp(-(share[share > 0] * np.log(share[share > 0])).sum()))
+
+
+def probe_r2(codes, target, test_codes, test_target, size, ridge=1e-2):
+    """Linear probe: one-hot codes int [M, K] -> target float [M, A], fitted on the first two
+    arguments by ridge regression.  -> R2 on the test pairs, one number an axis."""
+    def features(rows):
+        hot = np.eye(size)[rows].reshape(len(rows), -1)  # M, K*V
+        return np.concatenate([hot, np.ones((len(rows), 1))], axis=1)
+    X = features(codes)
+    solved = np.linalg.solve(X.T @ X + ridge * np.eye(X.shape[1]), X.T @ target)
+    error = ((features(test_codes) @ solved - test_target) ** 2).sum(0)
+    return (1 - error / ((test_target - test_target.mean(0)) ** 2).sum(0)).tolist()
+
+
+def window_motion(episode, window):
+    """Sum of an episode's actions over each frame's window, [T, A]: its true displacement"""
+    h, T = data.window_frames(window, episode.fps), len(episode.frames)
+    total = np.concatenate([np.zeros((1, episode.actions.shape[1])), episode.actions.cumsum(0)])
+    ends = np.minimum(data.future_index(np.arange(T), T, h), len(episode.actions))
+    return total[ends] - total[np.minimum(np.arange(T), len(episode.actions))]
+
+
+def sampled_pairs(episodes, window, seed, most=2048):
+    rows = [(e, t) for e, ep in enumerate(episodes) for t in range(len(ep.frames) - 1)]
+    order = np.random.default_rng(seed).permutation(len(rows))[:most]
+    return data.to_float(data.frame_pairs(episodes, [rows[i] for i in order], window))
+
+
+def report(model, train_set, held_out, window, out, seed=0):
+    """Report card on held-out episodes (method section 1) -> numbers, files written."""
+    out, rng = Path(out), np.random.default_rng(seed)
+    out.mkdir(parents=True, exist_ok=True)
+    device, c = next(model.parameters()).device, model.config
+    pairs = sampled_pairs(held_out, window, seed)
+    codes, error = [], {"drawn": 0.0, "copied": 0.0, "shuffled codes": 0.0}
+    for part in pairs.to(device).split(256):
+        z = model.label(part)
+        codes.append(z.cpu().numpy())
+        other = z[torch.from_numpy(rng.permutation(len(z))).to(device)]
+        for name, picture in (("drawn", model.imagine(part[:, 0], z)), ("copied", part[:, 0]),
+                              ("shuffled codes", model.imagine(part[:, 0], other))):
+            error[name] += float(((picture.clamp(0, 1) - part[:, 1]) ** 2).mean((1, 2, 3)).sum())
+    codes = np.concatenate(codes)
+    db = {name: psnr(total / len(pairs)) for name, total in error.items()}
+    card = {
+        "pairs": len(pairs), "episodes": len(held_out),
+        "codes_used": [int(len(np.unique(slot))) for slot in codes.T],
+        "perplexity": [round(perplexity(slot, c.codebook_size), 2) for slot in codes.T],
+        "combinations_used": int(len(np.unique(codes, axis=0))),
+        "psnr": round(db["drawn"], 2), "psnr_copy_first_frame": round(db["copied"], 2),
+        "psnr_shuffled_codes": round(db["shuffled codes"], 2),
+        "psnr_above_copy": round(db["drawn"] - db["copied"], 2),
+        "psnr_lost_by_shuffling": round(db["drawn"] - db["shuffled codes"], 2)}
+    known = [[e for e in part if e.actions is not None] for part in (train_set[:500], held_out)]
+    if all(known):
+        x, y = [], []
+        for part in known:
+            labels = label(model, part, window)
+            x.append(np.concatenate([labels[e.id] for e in part]))
+            y.append(np.concatenate([window_motion(e, window) for e in part]))
+        mixed = [rng.permutation(rows) for rows in x]
+        for name, (fit, test) in (("probe_r2", x), ("probe_r2_shuffled", mixed)):
+            card[name] = [round(r, 3) for r in
+                          probe_r2(fit, y[0], test, y[1], c.codebook_size)]
+    lines = ["| report card | held-out pairs |", "|---|---|"]
+    lines += [f"| {k.replace('_', ' ')} | {str(v).strip('[]')} |" for k, v in card.items()]
+    print("\n".join(lines))
+    common.write_atomically(out / "report.md", "\n".join(lines) + "\n")
+    common.write_atomically(out / "report.json", json.dumps(card, indent=1) + "\n")
+    draw_reconstructions(model, pairs[:8].to(device), out / "reconstructions.png")
+    draw_atlas(model, pairs[:6, 0].to(device), codes, out / "atlas.png")
+    return card, [out / n for n in ("report.json", "report.md", "reconstructions.png", "atlas.png")]
+
+
+def contact_sheet(cells, titles, path, size=96):
+    """cells: rows of float [3, H, W] in [0, 1]; titles: one a column -> a PNG"""
+    gap, head = 4, 16
+    sheet = Image.new("RGB", (len(titles) * (size + gap) + gap, head + len(cells) * (size + gap)),
+                      "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, title in enumerate(titles):
+        pen.text((gap + i * (size + gap), 2), title, fill="black")
+    for r, row in enumerate(cells):
+        for i, cell in enumerate(row):
+            pixels = (cell.clamp(0, 1).permute(1, 2, 0) * 255).round().byte().cpu().numpy()
+            tile = Image.fromarray(pixels).resize((size, size), Image.BICUBIC)
+            sheet.paste(tile, (gap + i * (size + gap), head + r * (size + gap)))
+    sheet.save(path)
+
+
+def draw_reconstructions(model, pairs, path):
+    drawn = model.imagine(pairs[:, 0], model.label(pairs))
+    contact_sheet([[p[0], p[1], q] for p, q in zip(pairs, drawn)],
+                  ["x_t", "x_t+H", "drawn"], path)
+
+
+def draw_atlas(model, starts, codes, path, columns=8):
+    """What the decoder says each of the most frequent code combinations does to each start frame
+    (paper section 5): the same column should move things the same way in every row."""
+    combinations, counts = np.unique(codes, axis=0, return_counts=True)
+    combinations = combinations[np.argsort(-counts)[:columns]]
+    cells = [[start] for start in starts]
+    for z in combinations:
+        z = torch.from_numpy(z).to(starts.device).expand(len(starts), -1)
+        for row, picture in zip(cells, model.imagine(starts, z)):
+            row.append(picture)
+    contact_sheet(cells, ["x_t"] + [" ".join(map(str, z)) for z in combinations], path)
+
+
+# ------------------------------------------------------------------------ more videos
+
+
+@dataclass
+class ApplyConfig:
+    laq: str  # a quantize run or a converted checkpoint
+    data: str  # dataset folder
+    out: str  # folder to write to
+    where: str = ""  # keep episodes with these fields
+    held_out: int = 50  # report: the probe is fitted on the other episodes
+    window: float = 0.0  # seconds; 0: the window the LAQ was trained with
+    seed: int = 0
+
+
+def load_laq(path, option="laq"):
+    """A checkpoint's LAQ, in evaluation mode, and its meta"""
+    weights, meta = common.load_checkpoint(path, option, ("quantize",))
+    model = LAQ(LAQConfig(**meta["model"]))
+    try:
+        load_strictly(model, weights)
+    except ValueError as error:
+        common.fail(f"--{option} {path}: {error}")
+    return model.to(common.Processes().device).eval(), meta
+
+
+def apply(command, argv):
+    c, _ = common.parse_options(ApplyConfig, argv, usage=f"quantize.py {command} [options]")
+    model, meta = load_laq(c.laq)
+    window = c.window or meta["window"]
+    dataset = data.open_dataset(c.data, model.config.image_size, c.where)
+    if command == "label":
+        files = write_labels(model, common.find_checkpoint(c.laq, "laq"), dataset, dataset.episodes,
+                             window, Path(c.out))
+    else:
+        train_set, held_out = dataset.split(c.held_out)
+        _, files = report(model, train_set, held_out or train_set, window, c.out, c.seed)
+    print("wrote", ", ".join(map(str, files)))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] in (["label"], ["report"]):
+        apply(sys.argv[1], sys.argv[2:])
+    else:
+        train(common.parse_options(QuantizeConfig, sys.argv[1:], PRESETS, "quantize.py [options]")[0])
