@@ -21,8 +21,8 @@ FROM = $(if $(BASE),--init_from $(BASE))
 all: evaluate
 
 help:
-	@echo "make [quantize|pretrain|finetune|evaluate|table|test|clean] with DATA=$(DATA)"
-	@echo "     OUT=$(OUT) PRESET=$(PRESET) NPROC=$(NPROC) SEED=$(SEED) ARGS='--steps 500'"
+	@echo "make [setup|data|quantize|pretrain|finetune|evaluate|table|test|clean]"
+	@echo "with DATA=$(DATA) OUT=$(OUT) PRESET=$(PRESET) NPROC=$(NPROC) SEED=$(SEED) ARGS='--steps 500'"
 
 setup: .venv/ready
 .venv/ready: requirements.txt
@@ -33,13 +33,15 @@ setup: .venv/ready
 # ------------------------------------------------------------------ data
 data: data/tabletop/episodes.jsonl data/scenes/episodes.jsonl
 data/tabletop/episodes.jsonl: | .venv/ready
-	$(PY) data.py tabletop data/tabletop
+	$(PY) data.py tabletop data/tabletop --seed 0
 data/human/episodes.jsonl: | .venv/ready
 	$(PY) data.py tabletop data/human --embodiment human --seed 1
 data/scenes/episodes.jsonl: | .venv/ready
 	$(PY) data.py tabletop data/scenes --scenes 12000 --seed 2
+ifeq ($(BUILTIN),)
 $(DATA)/episodes.jsonl:
 	@echo "error: $(DATA): no dataset there (expected $@)" >&2; exit 2
+endif
 
 # ------------------------------------------------------------------ stages
 # Each stage is done when its summary.json exists; ARGS reach the stages named on the command line.
@@ -73,18 +75,52 @@ $(OUT)/evaluate/results.json: $(OUT)/finetune/summary.json $(OUT)/scratch/summar
 	$(PY) evaluate.py --policies LAPA=$(OUT)/finetune,SCRATCH=$(OUT)/scratch \
 	  --out $(OUT)/evaluate $(call named,evaluate)
 
-# ------------------------------------------------------------------ the comparison, three seeds
-# One seed is `make arms OUT=runs/table/seed0 SEED=0`: every arm starts from the same base and is
-# finetuned on the same labelled episodes; the _human arms never see a robot video before that.
-SEEDS ?= 0 1 2
-TABLE := runs/table
-comma := ,
-space := $(subst ,, )
-ARMS  := LAPA VPT ACTIONVLA LAPA_human VPT_human ACTIONVLA_human
+# ------------------------------------------------------------------ the comparison
+# `make arms OUT=runs/table/seed0 SEED=0` is one seed of it.  Every arm starts from the same base and
+# is finetuned on the same labelled robot episodes; the _human arms see no robot video before that.
+ARMS   := LAPA VPT ACTIONVLA LAPA_human VPT_human ACTIONVLA_human
+video   = data/$(if $(findstring human,$(1)),human,tabletop)
+teacher = $(OUT)/quantize$(if $(findstring human,$(1)),-human)
+LABELS_LAPA      = --labels latent --laq $(call teacher,$(1))
+LABELS_VPT       = --labels idm --labelled_data data/tabletop --labelled_where combination=seen
+LABELS_ACTIONVLA = --labels action
+labels  = $(call LABELS_$(firstword $(subst _, ,$(1))),$(1))
+comma  := ,
+empty  :=
+list    = $(subst $(empty) ,$(comma),$(strip $(1)))
 
-.PHONY: arms $(SEEDS:%=seed%)
+$(OUT)/quantize-human/summary.json: data/human/episodes.jsonl | .venv/ready
+	$(PY) quantize.py --data data/human --out $(OUT)/quantize-human $(SAME)
+
+define ARM
+$(OUT)/$(1)/pretrain/summary.json: $(OUT)/base/summary.json data/tabletop/episodes.jsonl \
+  $(call video,$(1))/episodes.jsonl $(if $(findstring LAPA,$(1)),$(call teacher,$(1))/summary.json)
+	$(PY) pretrain.py --data $(call video,$(1)) $(call labels,$(1)) --init_from $(OUT)/base \
+	  --out $(OUT)/$(1)/pretrain $(SAME)
+$(OUT)/$(1)/finetune/summary.json: $(OUT)/$(1)/pretrain/summary.json
+	$(FINETUNE) --init_from $(OUT)/$(1)/pretrain --out $(OUT)/$(1)/finetune
+endef
+$(foreach arm,$(ARMS),$(eval $(call ARM,$(arm))))
+
+.PHONY: arms
+arms: $(OUT)/arms/results.json
+$(OUT)/arms/results.json: $(OUT)/scratch/summary.json $(ARMS:%=$(OUT)/%/finetune/summary.json)
+	$(PY) evaluate.py --out $(OUT)/arms --seed $(SEED)000 --film 0 \
+	  --policies SCRATCH=$(OUT)/scratch,$(call list,$(foreach a,$(ARMS),$(a)=$(OUT)/$(a)/finetune))
+
+# Two processes of one thread each beat one process of two threads here.
+SEEDS := 0 1 2
+TABLE := runs/table
 table: $(TABLE)/table.md
-$(TABLE)/table.md: | data
-	$(MAKE) -j2 OMP_NUM_THREADS=1 $(SEEDS:%=seed%)
+$(TABLE)/table.md: | data data/human/episodes.jsonl
+	for seed in $(SEEDS); do \
+	  OMP_NUM_THREADS=1 $(MAKE) -j2 arms OUT=$(TABLE)/seed$$seed SEED=$$seed || exit; done
 	$(PY) evaluate.py table --out $@ \
-	  --results $(subst $(space),$(comma),$(SEEDS:%=$(TABLE)/seed%/arms/results.json))
+	  --results $(call list,$(SEEDS:%=$(TABLE)/seed%/arms/results.json))
+
+# ------------------------------------------------------------------ housekeeping
+test: | .venv/ready
+	$(PY) -m pytest -q tests
+
+clean:
+	rm -rf data/tabletop data/human data/scenes runs/demo runs/table .cache

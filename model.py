@@ -10,7 +10,6 @@ of a frame, D width, K code_len, Q quant_dim, L sequence length, V a vocabulary'
 """
 
 import math
-import re
 from dataclasses import dataclass
 
 import torch
@@ -28,8 +27,9 @@ class LAQConfig:
     image_size: int = 256  # pixels, square
     patch_size: int = 32  # pixels; 256/32 gives the 8x8 grid that the official CNN for 4 codes needs
     dim: int = 1024
-    spatial_depth: int = 8  # layers of the spatial encoder, and of the decoder
-    temporal_depth: int = 8
+    spatial_depth: int = 8  # layers of the spatial encoder
+    temporal_depth: int = 8  # layers of the temporal encoder
+    decoder_depth: int = 8  # layers of the decoder (official: as the spatial encoder)
     heads: int = 16
     dim_head: int = 64
     quant_dim: int = 32
@@ -58,6 +58,10 @@ class PEG(nn.Module):
     def __init__(self, dim):
         super().__init__()
         self.conv = nn.Conv3d(dim, dim, 3, groups=dim)
+        # Ours: taps into the past start at zero.  Both frames are then seen alike, d is zero where
+        # nothing moves, and no constant part of d drowns the rest (README, deviations).
+        with torch.no_grad():
+            self.conv.weight[:, :, :2] = 0
 
     def forward(self, x, grid):
         B, T, N, D = x.shape
@@ -202,8 +206,8 @@ def code_cnn(grid, code_len, q):
 class Quantizer(nn.Module):
     """NSVQ (Vali and Backstrom 2022) with a codebook that cannot stay dead.
 
-    State: `codebook` [V, Q]; buffers `uses` [V] (how often each entry was chosen since the last
-    replacement) and `batches` (how many batches that was).
+    State: `codebook` [V, Q] and the buffer `uses` [V], how often each entry was chosen since the last
+    replacement.
     """
 
     def __init__(self, c):
@@ -214,7 +218,6 @@ class Quantizer(nn.Module):
         self.cnn = code_cnn(c.grid, c.code_len, c.quant_dim)
         self.codebook = nn.Parameter(torch.randn(c.codebook_size, c.quant_dim) * c.codebook_init)
         self.register_buffer("uses", torch.zeros(c.codebook_size))
-        self.register_buffer("batches", torch.zeros(()))
 
     def difference(self, first, last):
         """Patch tokens of both frames [B, N, D] -> d = cnn(last) - cnn(first), [B, K, Q]"""
@@ -243,16 +246,22 @@ class Quantizer(nn.Module):
         return self.project_out(values)
 
     @torch.no_grad()
-    def count(self, indices):
-        """Remember which entries a batch used.  Every use counts, unless the official rule is on."""
+    def count(self, d, indices, pull=0.0):
+        """After a step on d [B, K, Q] and its indices [B, K]: remember every use of every entry, and
+        move used entries the share `pull` of the way to the mean of what chose them (0: the gradient
+        alone moves the codebook, as in the paper).  With the official rule a code counts once a batch.
+        """
         if self.c.official_counting:
             self.uses[indices.flatten()] += 1  # a repeated index adds one only: the official bug
-        else:
-            uses = torch.bincount(indices.flatten(), minlength=len(self.uses)).to(self.uses.dtype)
-            if dist.is_initialized():
-                dist.all_reduce(uses)
-            self.uses += uses
-        self.batches += 1
+            return
+        chosen = F.one_hot(indices.flatten(), len(self.uses)).to(d.dtype)  # BK V
+        total = torch.cat((chosen.T @ d.flatten(0, 1), chosen.sum(0)[:, None]), dim=1)  # V Q+1
+        if dist.is_initialized():
+            dist.all_reduce(total)
+        uses = total[:, -1:]
+        self.uses += uses[:, 0]
+        mean = total[:, :-1] / uses.clamp(min=1)
+        self.codebook += pull * (uses > 0) * (mean - self.codebook)
 
     @torch.no_grad()
     def replace_dead(self, d, dead_below=0.1):
@@ -279,7 +288,6 @@ class Quantizer(nn.Module):
             if dist.is_initialized():
                 dist.broadcast(self.codebook.data, 0)
         self.uses.zero_()
-        self.batches.zero_()
         return int(dead.sum())
 
 
@@ -298,7 +306,7 @@ class LAQ(nn.Module):
         self.spatial_encoder = Transformer(c, c.spatial_depth)
         self.temporal_encoder = Transformer(c, c.temporal_depth, over_time=True)
         self.quantizer = Quantizer(c)
-        self.decoder = Transformer(c, c.spatial_depth, cross=True)
+        self.decoder = Transformer(c, c.decoder_depth, cross=True)
         self.to_pixels = nn.Linear(c.dim, pixels)
 
     @property
@@ -355,80 +363,6 @@ class LAQ(nn.Module):
         """World model: x_t [B, 3, H, W] and codes int [B, K] -> predicted x_{t+H} [B, 3, H, W]"""
         first = self.patches(frame[:, None])
         return self.decode(first, self.quantizer.codebook[codes], self.position_bias())
-
-
-# Official LAQ key -> ours, in order; `convert.py` applies it to laq_*.pt and safetensors files.
-LAQ_KEYS = (
-    (r"^module\.", ""),
-    (r"^spatial_rel_pos_bias\.net\.2\.", "position_bias.net.4."),
-    (r"^spatial_rel_pos_bias\.net\.1\.0\.", "position_bias.net.2."),
-    (r"^spatial_rel_pos_bias\.net\.0\.0\.", "position_bias.net.0."),
-    (r"^to_patch_emb_first_frame\.1\.", "patch_embed.0."),
-    (r"^to_patch_emb_first_frame\.2\.", "patch_embed.1."),
-    (r"^to_patch_emb_first_frame\.3\.", "patch_embed.2."),
-    (r"^to_pixels_first_frame\.0\.", "to_pixels."),
-    (r"^enc_(spatial|temporal)_transformer\.", r"\1_encoder."),
-    (r"^dec_spatial_transformer\.", "decoder."),
-    (r"\.layers\.(\d+)\.0\.dsconv\.", r".layers.\1.peg.conv."),
-    (r"\.layers\.(\d+)\.1\.", r".layers.\1.attention."),
-    (r"\.layers\.(\d+)\.2\.", r".layers.\1.cross."),
-    (r"\.layers\.(\d+)\.3\.4\.", r".layers.\1.ff.3."),
-    (r"\.layers\.(\d+)\.3\.", r".layers.\1.ff."),
-    (r"\.gamma$", ".weight"),
-    (r"^vq\.cnn_encoder\.", "quantizer.cnn."),
-    (r"^vq\.codebooks$", "quantizer.codebook"),
-    (r"^vq\.", "quantizer."),
-)
-
-
-def laq_from_official(state, image_size=None):
-    """Official LAQ state_dict (with or without the `module.` prefix) -> LAQ, strictly loaded.
-
-    The configuration is read off the tensors' shapes; the two quirks that the weights depend on are
-    switched on.  image_size defaults to the 8 patches a side that codes of length 1, 2 and 4 need.
-    Raises ValueError naming missing, extra or misshapen tensors, a non-zero beta, or an odd shape.
-    """
-    weights = {}
-    for name, tensor in state.items():
-        if name.endswith(".beta"):
-            if tensor.any():
-                raise ValueError(f"{name}: expected zeros (a LayerNorm without bias)")
-        elif tensor.numel():  # self-attention carries null_kv of size zero
-            for pattern, ours in LAQ_KEYS:
-                name = re.sub(pattern, ours, name)
-            weights[name] = tensor.float()
-
-    def shape(name, rank):
-        if name not in weights or weights[name].ndim != rank:
-            raise ValueError(f"tensor {name} of rank {rank} is missing: not a LAQ checkpoint")
-        return weights[name].shape
-
-    def depth(part):
-        return 1 + max((int(k.split(".")[2]) for k in weights if k.startswith(part + ".layers.")),
-                       default=-1)
-
-    dim, pixels = shape("patch_embed.1.weight", 2)
-    codes, quant_dim = shape("quantizer.codebook", 2)
-    patch = math.isqrt(pixels // 3)
-    second = weights.get("quantizer.cnn.2.weight")
-    lengths = {(4, 4): 1, (3, 4): 2, (3, 3): 4}  # kernel of the second convolution -> code_len
-    code_len = lengths[tuple(second.shape[2:])] if second is not None else None
-    image_size = image_size or 8 * patch
-    if code_len is None:
-        code_len = math.ceil(image_size / patch / 2) ** 2
-    elif image_size // patch > 8:  # two stride-2 convolutions
-        code_len = math.ceil(image_size / patch / 4) ** 2
-    config = LAQConfig(
-        image_size=image_size, patch_size=patch, dim=dim,
-        spatial_depth=depth("spatial_encoder"), temporal_depth=depth("temporal_encoder"),
-        heads=shape("position_bias.net.4.weight", 2)[0],
-        dim_head=shape("spatial_encoder.layers.0.attention.q_scale", 1)[0], quant_dim=quant_dim,
-        codebook_size=codes, code_len=code_len, official_peg=True, official_code_read=True)
-    model = LAQ(config)
-    weights["quantizer.uses"], weights["quantizer.batches"] = model.quantizer.uses, \
-        model.quantizer.batches
-    load_strictly(model, weights)
-    return model
 
 
 # ------------------------------------------------------------------------ stages 2 and 3: VLA

@@ -37,10 +37,14 @@ class QuantizeConfig(LAQConfig):
     held_out: int = 50  # episodes kept for the report card (unless they carry a `split`)
     window: float = 0.6  # seconds from x_t to x_{t+H} (paper: 0.6; Something-Something 2.5)
     shift: float = 0.0  # common random shift of what the encoder sees, as a share of the image
+    shift_from: int = 0  # step at which the shift starts to grow from 0
+    shift_until: int = 0  # step from which it is whole
     steps: int = 100_000
     batch: int = 64  # pairs a step, over all processes
     lr: float = 1e-4  # Adam, betas 0.9/0.99, no weight decay (code)
+    adam_eps: float = 1e-8  # PyTorch's default, as official; it stalls small encoder gradients
     codebook_lr: float = 1.0  # codebook rate relative to lr
+    codebook_pull: float = 0.0  # share of the way a used entry moves to its outputs' mean each step
     warmup: int = 0  # steps of linear warm-up (official 0)
     final_lr: float = 1.0  # cosine down to this share of lr (official 1: constant)
     clip: float = 0.5  # gradient norm
@@ -52,12 +56,14 @@ class QuantizeConfig(LAQConfig):
 
 
 PRESETS = {
-    "tiny": dict(image_size=64, patch_size=16, dim=96, spatial_depth=2, temporal_depth=1, heads=4,
-                 dim_head=24, quant_dim=8, codebook_init=0.5, codebook_lr=10.0, shift=0.25,
-                 steps=1200, lr=1e-3, warmup=50, final_lr=0.1, save_every=400),
-    "base": dict(image_size=128, patch_size=16, dim=384, spatial_depth=4, temporal_depth=4, heads=6,
-                 quant_dim=16, codebook_init=0.5, codebook_lr=10.0, shift=0.25, steps=30_000,
-                 lr=3e-4, warmup=500, final_lr=0.1),
+    "tiny": dict(image_size=32, patch_size=4, dim=96, spatial_depth=1, temporal_depth=1,
+                 decoder_depth=2, heads=4, dim_head=24, quant_dim=8, codebook_init=0.1, shift=0.25,
+                 shift_from=100, shift_until=300, steps=1000, batch=32, lr=3e-3, adam_eps=1e-10,
+                 codebook_lr=0.1, codebook_pull=0.2, warmup=50, final_lr=0.1, save_every=250),
+    "base": dict(image_size=128, patch_size=16, dim=384, spatial_depth=4, temporal_depth=4,
+                 decoder_depth=4, heads=6, quant_dim=16, codebook_init=0.1, shift=0.25,
+                 shift_from=500, shift_until=2000, steps=30_000, lr=5e-4, adam_eps=1e-10,
+                 codebook_lr=0.1, codebook_pull=0.2, warmup=500, final_lr=0.1),
     "lapa": {},
 }
 
@@ -94,12 +100,15 @@ def official_replacement_due(step):
 def train_step(model, optimizer, processes, c, step, pair):
     """One optimization step on pairs [B, 2, 3, H, W] in [0, 1].  -> loss, gradient norm, codes used"""
     common.seed_step(c.seed, step, processes.rank)
-    seen = common_shift(pair, c.shift) if c.shift else None
+    # The decoder first has to learn that codes help at all; place-bound ones get it there.
+    grown = (step - c.shift_from + 1) / max(1, c.shift_until - c.shift_from)
+    share = c.shift * min(1.0, max(0.0, grown))
+    seen = common_shift(pair, share) if share else None
     loss, d, indices = model(pair, seen)
     loss.backward()
     scale = common.warmup_cosine(step, c.steps, c.warmup, c.final_lr)
     norm = common.optimizer_step(optimizer, processes, c.clip, scale)
-    model.quantizer.count(indices)
+    model.quantizer.count(d.detach(), indices, c.codebook_pull)
     due = official_replacement_due if c.official_counting else replacement_due
     if due(step + 1):
         model.quantizer.replace_dead(d.detach(), c.replace_below)
@@ -111,7 +120,7 @@ def make_optimizer(model, c):
     rest = [p for p in model.parameters() if p is not codebook]
     return common.make_optimizer([{"params": rest, "lr": c.lr},
                                   {"params": [codebook], "lr": c.lr * c.codebook_lr}],
-                                 torch.optim.Adam, betas=(0.9, 0.99))
+                                 torch.optim.Adam, betas=(0.9, 0.99), eps=c.adam_eps)
 
 
 def train(c):
