@@ -1,4 +1,4 @@
-"""What the stages share: command lines, processes, checkpoints, logs.  No stage, model or loss here."""
+"""What the stages share: command lines, processes, checkpoints, logs.  No stage or model."""
 
 import dataclasses
 import hashlib
@@ -61,8 +61,8 @@ def parse_value(name, text, kind):
 def parse_options(cls, argv, presets=None, usage=""):
     """Command line -> dataclass `cls`, and the set of options that were named on it.
 
-    Options are written `--name value` or `--name=value`.  `presets` is a table of named sizes, chosen
-    by the field `preset`: named options beat the preset, which beats the defaults.
+    Options are written `--name value` or `--name=value`.  `presets` is a table of named sizes,
+    chosen by the field `preset`: named options beat the preset, which beats the defaults.
     """
     presets = presets or {}
     kinds = typing.get_type_hints(cls)
@@ -103,7 +103,7 @@ def parse_options(cls, argv, presets=None, usage=""):
 
 
 class Processes:
-    """This process among its peers: rank, world size, device.  Starts gloo or nccl under torchrun."""
+    """This process among its peers: rank, world size, device.  Under torchrun, gloo or nccl."""
 
     def __init__(self):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -210,8 +210,8 @@ def write_atomically(path, text):
 
 
 def save_checkpoint(out, step, weights, meta, texts=None, state=None, best=False):
-    """Write OUT/step_00000123 whole or not at all, point OUT/latest (and, on demand, OUT/best) at it,
-    then drop the checkpoints that neither points at.
+    """Write OUT/step_00000123 whole or not at all, point OUT/latest (and OUT/best) at it, then
+    drop the checkpoints that neither points at.
 
     weights: name -> tensor, as model.safetensors; meta: dict, as config.json (step is added);
     texts: file name -> text, e.g. the tokenizer; state: what only resuming needs, as training.pt.
@@ -253,7 +253,7 @@ def find_checkpoint(path, option):
 
 
 def load_checkpoint(path, option, stage):
-    """-> weights (name -> tensor), meta (config.json).  Refuses unreadable files and other stages."""
+    """-> weights (name -> tensor), meta (config.json).  Refuses unreadable files, other stages."""
     path = find_checkpoint(path, option)
     try:
         meta = json.loads((path / "config.json").read_text())

@@ -9,7 +9,7 @@ A dataset is a folder with `episodes.jsonl`, one episode a line:
     video        a video file, a folder of images, or a .npy uint8 [T, H, W, 3]; path inside DATASET
     fps          frames a second (a video file may leave it out)
     frames       optional T, checked              actions      optional .npy float [T-1 or T, A]
-    captions     optional list of T strings       others       carried along, for `--where name=value`
+    captions     optional list of T strings       others       carried along, for `--where a=b`
 """
 
 import hashlib
@@ -32,7 +32,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
 
 import tabletop
-from common import fail, parse_options
+from common import fail, find_checkpoint, parse_options
 from model import ACTION, LATENT, TEXT, VISION
 
 IMAGES = (".jpg", ".jpeg", ".png")
@@ -63,8 +63,8 @@ class Dataset:
     def split(self, held_out):
         """-> (training episodes, held-out episodes).
 
-        Episodes whose `split` is anything but "train" are held out; where no episode has that field,
-        the `held_out` episodes whose id has the smallest SHA-256 are, so that adding an episode
+        Episodes whose `split` is anything but "train" are held out; where none has that field, the
+        `held_out` episodes whose id has the smallest SHA-256 are, so that adding an episode
         never moves more than one other across.
         """
         if any("split" in e.info for e in self.episodes):
@@ -79,7 +79,7 @@ class Dataset:
 
 
 def labelled_few(episodes, count, seed):
-    """The `count` episodes whose action labels finetuning (and VPT) may use: a fixed draw by seed"""
+    """The `count` episodes whose action labels finetuning (and VPT) may use, drawn by seed"""
     known = [e for e in episodes if e.actions is not None]
     if len(known) < count:
         fail(f"{count} labelled episodes wanted, {len(known)} with actions are left to learn from")
@@ -465,8 +465,16 @@ def dataset_tokenizer(dataset):
     path = dataset.path / "tokenizer.json"
     if path.is_file():
         return Tokenizer.from_file(str(path))
-    texts = [e.instruction for e in dataset.episodes]
-    return train_tokenizer(texts + [c for e in dataset.episodes for c in e.info.get("captions", ())])
+    return train_tokenizer([text for e in dataset.episodes
+                            for text in (e.instruction, *e.info.get("captions", ()))])
+
+
+def checkpoint_tokenizer(path, option):
+    """The tokenizer stored with a checkpoint of stage 2 or 3"""
+    file = find_checkpoint(path, option) / "tokenizer.json"
+    if not file.is_file():
+        fail(f"--{option} {path}: {file} is missing")
+    return Tokenizer.from_file(str(file))
 
 
 class Sequences:
@@ -515,6 +523,14 @@ class Sequences:
         return {"tokens": full[0, :, :-1], "kinds": full[1, :, :-1], "targets": full[0, :, 1:],
                 "target_kinds": full[1, :, 1:], "mask": full[2, :, 1:].bool()}
 
+    def batch(self, episodes, answers, kind, which, device):
+        """`rows` of frames which [(episode index, t), ..], with their pictures: images float
+        [B, 3, S, S] in [-1, 1].  answers: one [T, n] array, or list of T strings, an episode."""
+        batch = self.rows([episodes[e].instruction for e, _ in which],
+                          [answers[e][t] for e, t in which], kind)
+        batch["images"] = to_float(np.stack([episodes[e].frames[t] for e, t in which])) * 2 - 1
+        return {name: tensor.to(device) for name, tensor in batch.items()}
+
     def prompts(self, instructions, kind):
         """Prompts for generation, left-padded: tokens, kinds int64 [B, L], valid bool [B, L]"""
         built = [self.prompt(text, kind) for text in instructions]
@@ -561,7 +577,7 @@ def make_tabletop(out, options):
 
 
 def _episodes(o, draft):
-    """Record the scripted expert; failures are dropped, so that every video shows its instruction."""
+    """Record the scripted expert; failures are dropped: every video shows its instruction."""
     unseen, kept = set(tabletop.tasks("unseen")), 0
     for part in range(-(-o.episodes // 250) + 1):
         env = tabletop.TableTop(250, o.embodiment, o.look, o.tasks, size=o.size)
@@ -602,7 +618,7 @@ def _scenes(o, draft):
 def main(argv):
     command, *rest = argv or [""]
     if command == "tabletop" and rest and not rest[0].startswith("-"):
-        options, _ = parse_options(TabletopOptions, rest[1:], usage="data.py tabletop OUT [options]")
+        options, _ = parse_options(TabletopOptions, rest[1:], usage="data.py tabletop OUT")
         make_tabletop(rest[0], options)
     elif command == "tabletop" and rest:
         parse_options(TabletopOptions, rest, usage="data.py tabletop OUT [options]")

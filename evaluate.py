@@ -1,6 +1,6 @@
 """Evaluation (paper 4): roll policies out in the table top and count successes.
 
-    python evaluate.py --policies LAPA=runs/demo/finetune,SCRATCH=runs/demo/scratch --out runs/demo/eval
+    python evaluate.py --policies LAPA=runs/demo/finetune,SCRATCH=runs/demo/scratch --out eval
     python evaluate.py --policies EXPERT=expert,RANDOM=random --out runs/bounds     # the two ends
     python evaluate.py table --results runs/a/results.json,runs/b/results.json --out table.md
 
@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from tokenizers import Tokenizer
 
 import common
 import data
@@ -54,7 +53,7 @@ class Policy:
         except ValueError as error:
             common.fail(f"--{option} {path}: {error}")
         self.model.to(self.device).eval()
-        tokenizer = Tokenizer.from_file(str(common.find_checkpoint(path, option) / "tokenizer.json"))
+        tokenizer = data.checkpoint_tokenizer(path, option)
         self.sequences = data.Sequences(tokenizer, self.model.image_tokens, meta["template"])
         self.edges = [np.array(e) for e in meta["bins"]]
 
@@ -79,8 +78,8 @@ def open_policies(text):
             common.fail(f"--policies {part!r}: expected name=finetune run, each name once")
         policies[name] = path if path in ("expert", "random") else Policy(path)
         if isinstance(policies[name], Policy) and len(policies[name].edges) != 2:
-            common.fail(f"--policies {path}: predicts {len(policies[name].edges)} action dimensions, "
-                        "the table top takes 2")
+            common.fail(f"--policies {path}: predicts {len(policies[name].edges)} action "
+                        "dimensions, the table top takes 2")
     return policies
 
 
@@ -88,7 +87,7 @@ def open_policies(text):
 
 
 def rollout(policy, c, split, first, count):
-    """`count` episodes side by side, tables number `first` on.  -> success bool [count], family names,
+    """`count` episodes side by side, tables number `first` on.  -> success bool [count], families,
     and for the first c.film tables the frames and instructions"""
     env = tabletop.TableTop(count, c.embodiment, c.look, split, max_steps=c.max_steps)
     obs, info = env.reset((c.seed, first))
@@ -158,7 +157,7 @@ def markdown(arms, splits):
     def cell(arm, split, family):
         row = arm[split] if family is None else arm[split]["families"].get(family)
         return "-" if row is None else f"{row['success']:.1f} ± {row['se']:.1f}"
-    head = ["success % (± standard error)"] + [f"**{s}**" if f is None else f"{f}" for s, f in columns]
+    head = ["success % (± standard error)"] + [f or f"**{s}**" for s, f in columns]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     lines += ["| " + " | ".join([name] + [cell(arm, *column) for column in columns]) + " |"
               for name, arm in arms.items()]
@@ -202,7 +201,7 @@ def table(c):
         try:
             runs.append(json.loads(Path(path).read_text())["arms"])
         except (OSError, ValueError, KeyError) as error:
-            common.fail(f"--results {path}: no results of evaluate.py: {type(error).__name__} {error}")
+            common.fail(f"--results {path}: no results of evaluate.py: {error!r}")
     splits = list(next(iter(runs[0].values())))
     lines = ["| success %, mean ± standard error over " + f"{len(runs)} seeds | "
              + " | ".join(splits) + " | n a cell |", "|---" * (len(splits) + 2) + "|"]
@@ -221,7 +220,7 @@ def table(c):
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["table"]:
-        table(common.parse_options(TableConfig, sys.argv[2:], usage="evaluate.py table [options]")[0])
+        table(common.parse_options(TableConfig, sys.argv[2:], usage="evaluate.py table")[0])
     else:
         evaluate(common.parse_options(EvaluateConfig, sys.argv[1:],
                                       usage="evaluate.py [options]")[0])

@@ -1,12 +1,12 @@
 """Stage 3, action finetuning (paper 3.3): swap the latent head for a robot-action head.
 
 The body that learned to predict latent actions now learns, from a few labelled episodes, to predict
-the robot's own: every dimension is cut into up to 256 bins of equal count and predicted as one token.
+the robot's own: every dimension is cut into up to 256 bins of equal count, one token each.
 SCRATCH, the paper's baseline, is this stage alone, from the base model.
 
     python finetune.py --init_from runs/demo/pretrain --data data/tabletop \\
-        --where combination=seen --out runs/demo/finetune --preset tiny                   # laptop
-    torchrun --nproc_per_node 8 finetune.py --init_from L --data D --out O --preset lapa  # eight GPUs
+        --where combination=seen --out runs/demo/finetune --preset tiny                    # laptop
+    torchrun --nproc_per_node 8 finetune.py --init_from L --data D --out O --preset lapa  # 8 GPUs
 """
 
 import sys
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 
 import common
 import data
@@ -57,25 +56,13 @@ PRESETS = {
 
 
 def loss_of(model, rows, soft):
-    """Stage-3 loss (formats section 6): cross entropy of the action tokens alone.  -> loss, accuracy"""
+    """Stage-3 loss (formats section 6): cross entropy of the action tokens.  -> loss, accuracy"""
     hidden = model(rows["tokens"], rows["kinds"], rows["images"])
     return model.answer_loss(hidden, rows, ACTION, soft)
 
 
-def row_maker(sequences, episodes, edges, device):
-    """-> a function: [(episode, t), ..] -> batch of token rows with float images in [-1, 1]"""
-    bins = [data.to_bins(e.actions, edges) for e in episodes]
-    def rows(which):
-        batch = sequences.rows([episodes[e].instruction for e, _ in which],
-                               [bins[e][t] for e, t in which], ACTION)
-        frames = np.stack([episodes[e].frames[t] for e, t in which])
-        batch["images"] = data.to_float(frames) * 2 - 1
-        return {name: tensor.to(device) for name, tensor in batch.items()}
-    return rows
-
-
 def build_model(c, few, processes):
-    """The pretrained body with an action head -> model, bin edges, tokenizer, template, fresh names.
+    """The pretrained body with an action head -> model, bin edges, tokenizer, template, fresh.
 
     A body pretrained on actions (ACTIONVLA, VPT) keeps its action head and bins; any other gets a
     fresh head and the labelled episodes' bins.
@@ -97,19 +84,8 @@ def build_model(c, few, processes):
     processes.say(f"inherited {c.init_from} (pretrained on {meta['labels']} labels, step "
                   f"{meta['step']}); fresh: {', '.join(fresh) or 'nothing'}; bins a dimension: "
                   f"{', '.join(str(max(1, len(e) - 1)) for e in edges)}")
-    path = common.find_checkpoint(c.init_from, "init_from") / "tokenizer.json"
-    return model, edges, Tokenizer.from_file(str(path)), meta["template"], fresh
-
-
-def make_optimizer(model, c, fresh):
-    if c.freeze_vision:
-        for p in model.vision_side:
-            p.requires_grad_(False)
-    new = [p for n, p in model.named_parameters() if n in fresh]
-    old = [p for n, p in model.named_parameters() if n not in fresh]
-    return common.make_optimizer([{"params": old, "lr": c.lr},
-                                  {"params": new, "lr": c.lr * c.head_lr}],
-                                 betas=(0.9, 0.95), weight_decay=0.0)
+    tokenizer = data.checkpoint_tokenizer(c.init_from, "init_from")
+    return model, edges, tokenizer, meta["template"], fresh
 
 
 @torch.no_grad()
@@ -135,18 +111,22 @@ def train(c):
                       "model": model.config.__dict__, "bins": [list(e) for e in edges],
                       "seed": c.seed, "batch": c.batch})
     processes.shard(model)
-    optimizer = make_optimizer(model, c, fresh)
+    groups = model.parameter_groups(c.lr, c.head_lr, fresh, c.freeze_vision)
+    optimizer = common.make_optimizer(groups, betas=(0.9, 0.95), weight_decay=0.0)
     run.restore(model, optimizer)
     sequences = data.Sequences(tokenizer, model.image_tokens, template)
-    rows = row_maker(sequences, few, edges, processes.device)
-    lengths, checked_lengths = [len(e.actions) for e in few], [len(e.actions) for e in checked]
-    checked_rows = row_maker(sequences, checked, edges, processes.device)
+    bins, checked_bins = ([data.to_bins(e.actions, edges) for e in part] for part in (few, checked))
+    lengths, checked_lengths = [len(b) for b in bins], [len(b) for b in checked_bins]
+    def rows(which, episodes=few, bins=bins):
+        return sequences.batch(episodes, bins, ACTION, which, processes.device)
+    def checked_rows(which):
+        return rows(which, checked, checked_bins)
     known = np.concatenate([e.actions for e in few])
     meta = {"model": model.config.__dict__, "template": template, "bins": [list(e) for e in edges],
             "action_mean": known.mean(0).tolist(), "action_std": known.std(0).tolist(),
             "labels": meta["labels"], "options": c.__dict__}
     texts = {"tokenizer.json": tokenizer.to_str()}
-    processes.say(f"{len(few)} labelled episodes with {sum(lengths)} actions of width {len(edges)}, "
+    processes.say(f"{len(few)} labelled episodes, {sum(lengths)} actions of width {len(edges)}, "
                   f"{len(checked)} more to choose the best checkpoint, {processes.device}")
 
     batches = data.stream(lambda step: rows(data.draw(c.seed, step, c.batch, lengths)[mine]),

@@ -5,8 +5,8 @@ LAQ  (paper 3.1, figure 8)  a C-ViViT style VQ-VAE: two frames in, `code_len` co
 VLA  (paper 3.2, 3.3)  a LLaMA body over four vocabularies (text, vision, latent action, robot
      action); every position belongs to one of them.  `pretrain.py` and `finetune.py` train it.
 
-Letters in shape comments, everywhere: B batch, T time (2 in a pair), C colour, H W pixels, N patches
-of a frame, D width, K code_len, Q quant_dim, L sequence length, V a vocabulary's size.
+Letters in shape comments, everywhere: B batch, T time (2 in a pair), C colour, H W pixels, N
+patches of a frame, D width, K code_len, Q quant_dim, L sequence length, V a vocabulary's size.
 """
 
 import math
@@ -25,7 +25,7 @@ class LAQConfig:
     """Shape of a latent action quantizer; the defaults are the paper's (343,796,080 parameters)."""
 
     image_size: int = 256  # pixels, square
-    patch_size: int = 32  # pixels; 256/32 gives the 8x8 grid that the official CNN for 4 codes needs
+    patch_size: int = 32  # pixels; 256/32 gives the 8x8 grid the official CNN for 4 codes needs
     dim: int = 1024
     spatial_depth: int = 8  # layers of the spatial encoder
     temporal_depth: int = 8  # layers of the temporal encoder
@@ -36,7 +36,7 @@ class LAQConfig:
     codebook_size: int = 8
     code_len: int = 4  # codes a pair: 8^4 = 4096 latent actions
     codebook_init: float = 1.0  # standard deviation of fresh codebook entries (official 1)
-    official_peg: bool = False  # temporal PEG on (b h w) t d memory read as b t h w d (official files)
+    official_peg: bool = False  # temporal PEG takes (b h w) t d memory for b t h w d
     official_code_read: bool = False  # a (K, Q) block enters the decoder re-read as (Q, K)
     official_counting: bool = False  # the official dead-code rule, which lets a codebook collapse
 
@@ -206,8 +206,8 @@ def code_cnn(grid, code_len, q):
 class Quantizer(nn.Module):
     """NSVQ (Vali and Backstrom 2022) with a codebook that cannot stay dead.
 
-    State: `codebook` [V, Q] and the buffer `uses` [V], how often each entry was chosen since the last
-    replacement.
+    State: `codebook` [V, Q] and the buffer `uses` [V], how often each entry was chosen since the
+    last replacement.
     """
 
     def __init__(self, c):
@@ -247,9 +247,9 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def count(self, d, indices, pull=0.0):
-        """After a step on d [B, K, Q] and its indices [B, K]: remember every use of every entry, and
-        move used entries the share `pull` of the way to the mean of what chose them (0: the gradient
-        alone moves the codebook, as in the paper).  With the official rule a code counts once a batch.
+        """After a step on d [B, K, Q] and its indices [B, K]: remember every use, and move used
+        entries the share `pull` of the way to the mean of what chose them (0: the gradient alone
+        moves the codebook, as in the paper).  Officially a code counts once a batch.
         """
         if self.c.official_counting:
             self.uses[indices.flatten()] += 1  # a repeated index adds one only: the official bug
@@ -265,9 +265,9 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def replace_dead(self, d, dead_below=0.1):
-        """Move each entry with under `dead_below` of a fair share of the uses onto an encoder output
-        of the batch d [B, K, Q], chosen with probability ~ squared distance to the live entries
-        (k-means++), the same on every rank.  Returns how many moved."""
+        """Move each entry with under `dead_below` of a fair share of the uses onto an encoder
+        output of the batch d [B, K, Q], chosen with probability ~ squared distance to the live
+        entries (k-means++), the same on every rank.  Returns how many moved."""
         if self.c.official_counting:
             dead = self.uses / len(d) < dead_below
             live = self.codebook[~dead]
@@ -298,7 +298,7 @@ class LAQ(nn.Module):
         super().__init__()
         c = self.config = config
         if c.image_size % c.patch_size:
-            raise ValueError(f"image_size {c.image_size} is no multiple of patch_size {c.patch_size}")
+            raise ValueError(f"image_size {c.image_size}: no multiple of patch_size {c.patch_size}")
         pixels = 3 * c.patch_size**2
         self.patch_embed = nn.Sequential(nn.LayerNorm(pixels), nn.Linear(pixels, c.dim),
                                          nn.LayerNorm(c.dim))
@@ -315,7 +315,7 @@ class LAQ(nn.Module):
         return [*self.spatial_encoder.layers, *self.temporal_encoder.layers, *self.decoder.layers]
 
     def patches(self, frames):
-        """[B, T, 3, H, W] -> patch embeddings [B, T, N, D]; a patch vector runs channel, row, column"""
+        """[B, T, 3, H, W] -> patch embeddings [B, T, N, D]; a patch runs channel, row, column"""
         p, g = self.config.patch_size, self.config.grid
         x = frames.unflatten(-1, (g, p)).unflatten(-3, (g, p))  # B T C g p g p
         return self.patch_embed(x.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(2, 3))
@@ -330,7 +330,7 @@ class LAQ(nn.Module):
         return self.encode(self.patches(pair), self.position_bias())
 
     def decode(self, first, values, bias):
-        """First frame's embeddings [B, 1, N, D] and quantised d [B, K, Q] -> x_{t+H} [B, 3, H, W]"""
+        """First frame's embeddings [B, 1, N, D], quantised d [B, K, Q] -> x_{t+H} [B, 3, H, W]"""
         context = self.quantizer.tokens(values)  # B K D
         x = self.to_pixels(self.decoder(first, bias, context))[:, 0]  # B N 3pp
         p, g = self.config.patch_size, self.config.grid
@@ -445,7 +445,7 @@ class KVCache:
 
 
 class VLA(nn.Module):
-    """LLaMA over four vocabularies.  A position is embedded and scored by its own vocabulary alone."""
+    """LLaMA over four vocabularies.  Each position is embedded and scored by its own one."""
 
     def __init__(self, config):
         super().__init__()
@@ -481,10 +481,15 @@ class VLA(nn.Module):
     def blocks(self):
         return list(self.layers)
 
-    @property
-    def vision_side(self):
-        """Parameters that stages 2 and 3 keep frozen (paper 3.2)"""
-        return [*self.patch_embed.parameters(), self.patch_position]
+    def parameter_groups(self, lr, head_lr, fresh, freeze_vision):
+        """Optimizer groups: `fresh` heads and tables at head_lr x lr, the body at lr; on demand the
+        vision side stays frozen (paper 3.2)"""
+        if freeze_vision:
+            for p in (*self.patch_embed.parameters(), self.patch_position):
+                p.requires_grad_(False)
+        new = [p for name, p in self.named_parameters() if name in fresh]
+        old = [p for name, p in self.named_parameters() if name not in fresh]
+        return [{"params": old, "lr": lr}, {"params": new, "lr": lr * head_lr}]
 
     def heads(self):
         """Vocabulary -> (embedding, head) for those this model has, vision excepted"""
@@ -563,7 +568,7 @@ class VLA(nn.Module):
 
     def adopt(self, weights):
         """Take over another model's tensors by name; latent and action tables and heads that it
-        does not have stay fresh, those that this model lacks are dropped.  -> names of fresh tensors"""
+        does not have stay fresh, those this model lacks are dropped.  -> fresh names"""
         own = ("latent_", "action_")
         fresh = [n for n in self.state_dict() if n.startswith(own) and n not in weights]
         shed = [n for n in weights if n.startswith(own) and n not in self.state_dict()]

@@ -1,4 +1,4 @@
-"""Stage 2, latent pretraining (paper 3.2): predict the latent action from an image and an instruction.
+"""Stage 2, latent pretraining (paper 3.2): predict latent actions from image and instruction.
 
 One loop serves every arm of the paper's comparison; they differ only in what they predict:
     --labels latent    LAPA: the codes that quantize.py wrote for each frame
@@ -10,7 +10,7 @@ One loop serves every arm of the paper's comparison; they differ only in what th
     python pretrain.py --labels caption --data data/scenes --out runs/base --preset tiny
     python pretrain.py --labels latent --data data/tabletop --laq runs/demo/quantize \\
         --init_from runs/base --out runs/demo/pretrain --preset tiny                      # laptop
-    torchrun --nproc_per_node 8 pretrain.py --labels latent --data D --laq Q --out O      # eight GPUs
+    torchrun --nproc_per_node 8 pretrain.py --labels latent --data D --laq Q --out O     # 8 GPUs
 """
 
 import sys
@@ -19,15 +19,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import nn
 from tqdm import tqdm
 
 import common
 import data
 import quantize
-from model import ACTION, LAQ, LATENT, TEXT, VLA, LAQConfig, VLAConfig, count_parameters, \
-    load_strictly
+from model import ACTION, LAQ, LATENT, TEXT, VLA, LAQConfig, VLAConfig, count_parameters
 
 KINDS = {"latent": LATENT, "action": ACTION, "idm": ACTION, "caption": TEXT}
 
@@ -78,10 +76,10 @@ PRESETS = {
 
 
 def loss_of(model, rows, kind, soft=0.0):
-    """Stage-2 loss (formats section 6): 0.99 x cross entropy of the labels + 0.01 x that of the tags
-    around them and eos; for captions, whose labels are text, plain cross entropy.
+    """Stage-2 loss (formats section 6): 0.99 x cross entropy of the labels + 0.01 x that of the
+    tags around them and eos; for captions, whose labels are text, plain cross entropy.
 
-    rows: a batch as made by `row_maker`.  -> loss, share of labels predicted exactly
+    rows: a batch as made by data.Sequences.batch.  -> loss, share of labels predicted exactly
     """
     hidden = model(rows["tokens"], rows["kinds"], rows["images"])
     text, text_right = model.answer_loss(hidden, rows, TEXT)
@@ -128,7 +126,7 @@ def train_inverse_dynamics(c, processes, few):
         common.seed_step(c.seed, step)
         which = data.draw(c.seed, step, 64, lengths)
         pair = data.to_float(np.stack([few[e].frames[t:t + 2] for e, t in which]))
-        pair = quantize.common_shift(pair.to(processes.device), 0.25)  # moves neither label nor motion
+        pair = quantize.common_shift(pair.to(processes.device), 0.25)  # same motion, same label
         target = torch.from_numpy(np.stack([few[e].actions[t] for e, t in which])).to(pair.device)
         guess = idm["head"](encoder.difference(pair).flatten(1))
         loss = ((guess - (target - scale[0]) / scale[1]) ** 2).mean()
@@ -140,13 +138,13 @@ def train_inverse_dynamics(c, processes, few):
 
 def answers_for(c, processes, dataset, train_set, held_out):
     """What the model shall say at every frame -> answers of the training and of the held-out
-    episodes (lists of [T, n] codes or bins, or of T captions), and what of it the checkpoint keeps"""
+    episodes (lists of [T, n] codes or bins, or of T captions), and what the checkpoint keeps"""
     both = train_set + held_out
     if c.labels == "caption":
         missing = [e.id for e in both if "captions" not in e.info]
         if missing:
-            common.fail(f"{c.data}/episodes.jsonl: episode {missing[0]!r}: field captions: missing, "
-                        "and --labels caption needs it")
+            common.fail(f"{c.data}/episodes.jsonl: episode {missing[0]!r}: field captions: "
+                        "missing, and --labels caption needs it")
         answers, kept = [e.info["captions"] for e in both], {}
     elif c.labels == "latent":
         answers, kept = data.load_labels(c.latents or Path(c.laq) / "labels", dataset, both)
@@ -162,27 +160,17 @@ def answers_for(c, processes, dataset, train_set, held_out):
                                          actions_needed=True)
             few = data.labelled_few(few_data.split(c.held_out)[0], c.labelled, c.seed)
             actions = invert(*train_inverse_dynamics(c, processes, few), both)
-            known = [(g[:len(e.actions)], e.actions) for g, e in zip(actions, both)
-                     if e.actions is not None][len(train_set):]
+            known = [(g[:len(e.actions)], e.actions)
+                     for g, e in zip(actions[len(train_set):], held_out) if e.actions is not None]
             if known:
                 guess, true = (np.concatenate(rows) for rows in zip(*known))
                 r2 = 1 - ((guess - true) ** 2).sum(0) / ((true - true.mean(0)) ** 2).sum(0)
                 processes.say("inverse dynamics R2 on held-out episodes:", r2.round(3).tolist())
         edges = data.fit_bins(np.concatenate(actions[:len(train_set)]), c.bins,
                               data.parse_dimensions(c.binary))
-        answers, kept = [data.to_bins(a, edges) for a in actions], {"bins": [list(e) for e in edges]}
+        answers = [data.to_bins(a, edges) for a in actions]
+        kept = {"bins": [list(e) for e in edges]}
     return answers[:len(train_set)], answers[len(train_set):], kept
-
-
-def row_maker(sequences, episodes, answers, kind, device):
-    """-> a function: [(episode, t), ..] -> batch of token rows with float images in [-1, 1]"""
-    def rows(which):
-        batch = sequences.rows([episodes[e].instruction for e, _ in which],
-                               [answers[e][t] for e, t in which], kind)
-        frames = np.stack([episodes[e].frames[t] for e, t in which])
-        batch["images"] = data.to_float(frames) * 2 - 1
-        return {name: tensor.to(device) for name, tensor in batch.items()}
-    return rows
 
 
 # ------------------------------------------------------------------------ training
@@ -203,25 +191,11 @@ def build_model(c, given, kind, dataset, processes):
     for name in sorted(given & shape.keys() - vocabularies.keys()):
         if getattr(c, name) != shape[name]:
             common.fail(f"--{name} {getattr(c, name)}: --init_from {c.init_from} has {shape[name]}")
-    tokenizer = Tokenizer.from_file(str(common.find_checkpoint(c.init_from, "init_from")
-                                        / "tokenizer.json"))
+    tokenizer = data.checkpoint_tokenizer(c.init_from, "init_from")
     model = VLA(VLAConfig(**shape))
     fresh = model.adopt(weights)
     processes.say(f"inherited {c.init_from} (step {meta['step']}); fresh: {', '.join(fresh)}")
     return model, tokenizer, fresh
-
-
-def make_optimizer(model, c, fresh):
-    """Fresh heads and tables learn at head_lr x lr, the body at lr; the vision side of a pretrained
-    model is frozen"""
-    if c.init_from and c.freeze_vision:
-        for p in model.vision_side:
-            p.requires_grad_(False)
-    new = [p for n, p in model.named_parameters() if n in fresh]
-    old = [p for n, p in model.named_parameters() if n not in fresh]
-    return common.make_optimizer([{"params": old, "lr": c.lr},
-                                  {"params": new, "lr": c.lr * c.head_lr}],
-                                 betas=(0.9, 0.95), weight_decay=0.0)
 
 
 @torch.no_grad()
@@ -257,11 +231,14 @@ def train(c, given):
                       "laq": kept.get("laq"), "window": kept.get("window"),
                       "model": model.config.__dict__, "seed": c.seed, "batch": c.batch})
     processes.shard(model)
-    optimizer = make_optimizer(model, c, fresh)
+    groups = model.parameter_groups(c.lr, c.head_lr, fresh, c.freeze_vision and c.init_from)
+    optimizer = common.make_optimizer(groups, betas=(0.9, 0.95), weight_decay=0.0)
     run.restore(model, optimizer)
     sequences = data.Sequences(tokenizer, model.image_tokens, c.template)
-    rows = row_maker(sequences, train_set, answers, kind, processes.device)
-    held_rows = row_maker(sequences, held_out, held_answers, kind, processes.device)
+    def rows(which, episodes=train_set, answers=answers):
+        return sequences.batch(episodes, answers, kind, which, processes.device)
+    def held_rows(which):
+        return rows(which, held_out, held_answers)
     lengths, held_lengths = [len(a) for a in answers], [len(a) for a in held_answers]
     meta = {"model": model.config.__dict__, "labels": c.labels, "template": c.template, **kept,
             "options": c.__dict__}

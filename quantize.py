@@ -74,8 +74,8 @@ PRESETS = {
 def common_shift(pair, share):
     """Move both frames of each pair by one random offset, edges replicated. [B, 2, 3, H, W]
 
-    The encoder sees the shifted pair while the decoder redraws the unshifted one: a code that names a
-    place in the picture is then useless, a code that names a motion is not.  Not in the paper.
+    The encoder sees the shifted pair while the decoder redraws the unshifted one: a code that names
+    a place in the picture is then useless, a code that names a motion is not.  Not in the paper.
     """
     B, _, _, H, W = pair.shape
     def shifted(length):
@@ -98,7 +98,7 @@ def official_replacement_due(step):
 
 
 def train_step(model, optimizer, processes, c, step, pair):
-    """One optimization step on pairs [B, 2, 3, H, W] in [0, 1].  -> loss, gradient norm, codes used"""
+    """One optimization step on pairs [B, 2, 3, H, W] in [0, 1].  -> loss, norm, codes used"""
     common.seed_step(c.seed, step, processes.rank)
     # The decoder first has to learn that codes help at all; place-bound ones get it there.
     grown = (step - c.shift_from + 1) / max(1, c.shift_until - c.shift_from)
@@ -352,4 +352,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] in (["label"], ["report"]):
         apply(sys.argv[1], sys.argv[2:])
     else:
-        train(common.parse_options(QuantizeConfig, sys.argv[1:], PRESETS, "quantize.py [options]")[0])
+        train(common.parse_options(QuantizeConfig, sys.argv[1:], PRESETS, "quantize.py")[0])

@@ -7,9 +7,10 @@ The built-in simulator, in the spirit of Language Table.  Everything is vectoris
     while not env.done.all():
         obs, reward, terminated, truncated, info = env.step(env.expert())
 
-The table is the unit square, x to the right and y down as in the picture.  Actions are float [B, 2] in
-[-1, 1]: the wanted displacement of the effector in units of the embodiment's speed.  Blocks are discs
-for contact (whatever their looks) and do not turn.  A finished table keeps its state until `reset`.
+The table is the unit square, x to the right and y down as in the picture.  Actions are float [B, 2]
+in [-1, 1]: the wanted displacement of the effector in units of the embodiment's speed.  Blocks are
+discs for contact (whatever their looks) and do not turn.  A finished table stays as it is until
+`reset`.
 """
 
 import numpy as np
@@ -192,7 +193,7 @@ class TableTop:
         return np.linalg.norm(np.where(np.isnan(goal), 0, block - goal), axis=-1)
 
     def expert(self, noise=0.0):
-        """A scripted policy's next action [B, 2]: get behind the block, then push it to its goal."""
+        """A scripted policy's next action [B, 2]: get behind the block, then push."""
         rows, family, argument, block, start = self._parts()
         goal = np.array([[np.nan if v is None else v for v in p] for p in PLACES.values()], float)
         goal = goal[argument % 8]
