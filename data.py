@@ -550,7 +550,7 @@ class TabletopOptions:
     embodiment: str = "robot"  # robot or human
     look: str = "plain"  # plain or real (palette, wood grain and light drawn anew each episode)
     tasks: str = "all"  # all, seen or unseen instructions (each episode says which it is)
-    noise: float = 0.3  # standard deviation added to the expert's actions, so that videos vary
+    noise: float = 0.1  # standard deviation added to the expert's actions, so that videos vary
     scenes: int = 0  # instead of episodes: that many still scenes of both embodiments, captioned
     size: int = 64  # pixels
     seed: int = 0

@@ -58,7 +58,7 @@ class QuantizeConfig(LAQConfig):
 PRESETS = {
     "tiny": dict(image_size=32, patch_size=4, dim=96, spatial_depth=1, temporal_depth=1,
                  decoder_depth=2, heads=4, dim_head=24, quant_dim=8, codebook_init=0.1, shift=0.25,
-                 shift_from=100, shift_until=300, steps=1000, batch=32, lr=3e-3, adam_eps=1e-10,
+                 shift_from=100, shift_until=300, steps=1200, batch=32, lr=2e-3, adam_eps=1e-10,
                  codebook_lr=0.1, codebook_pull=0.2, warmup=50, final_lr=0.1, save_every=250),
     "base": dict(image_size=128, patch_size=16, dim=384, spatial_depth=4, temporal_depth=4,
                  decoder_depth=4, heads=6, quant_dim=16, codebook_init=0.1, shift=0.25,
