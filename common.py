@@ -50,11 +50,13 @@ def parse_value(name, text, kind):
         if kind is bool:
             return {"true": True, "1": True, "yes": True,
                     "false": False, "0": False, "no": False}[text.lower()]
-        if kind is int:
-            return int(text.replace("_", ""))
-        return kind(text)
+        value = int(text.replace("_", "")) if kind is int else kind(text)
+        if kind is not str and not 0 <= value < float("inf"):
+            raise ValueError
+        return value
     except (ValueError, KeyError):
-        expected = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
+        expected = {bool: "true or false", int: "a whole number, 0 or more",
+                    float: "a number, 0 or more"}[kind]
         fail(f"--{name} {text!r}: expected {expected}")
 
 
@@ -119,7 +121,7 @@ class Processes:
 
     def share(self, batch):
         """This rank's part of a global batch size; refuses one that does not divide"""
-        if batch % self.world:
+        if batch < 1 or batch % self.world:
             fail(f"--batch {batch} does not divide over {self.world} processes")
         return slice(self.rank * batch // self.world, (self.rank + 1) * batch // self.world)
 
@@ -283,13 +285,15 @@ class Run:
         self.out, self.processes, self.steps = Path(config.out), processes, config.steps
         self.save_every, self.stage, self.identity = config.save_every, stage, identity
         self.start, self.state, self.found = 0, None, None
+        if config.steps < 1:
+            fail("--steps: expected at least 1")
         if (self.out / "latest").is_file():
             self.found = self.out / (self.out / "latest").read_text().strip()
             weights, meta = load_checkpoint(self.found, "out", (stage,))
             if not config.resume:
                 fail(f"--out {self.out} already holds a checkpoint of step {meta['step']}: pass "
                      "--resume true to continue it, or another --out")
-            theirs = meta.get("identity")
+            theirs = meta.get("identity", {})
             for key in identity:
                 if theirs.get(key) != identity[key]:
                     fail(f"--out {self.out} was made with {key} = {theirs.get(key)}, this run has "

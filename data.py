@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from threading import get_ident
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
 
 import tabletop
-from common import fail, find_checkpoint, parse_options
+from common import fail, parse_options
 from model import ACTION, LATENT, TEXT, VISION
 
 IMAGES = (".jpg", ".jpeg", ".png")
@@ -259,7 +260,7 @@ def cached_frames(video, size):
             map(np.asarray, (Image.open(p).convert("RGB") for p in parts))
         frames = [resize(frame, size) for frame in source]
         cached.parent.mkdir(parents=True, exist_ok=True)
-        draft = cached.with_name(f".{key}.{os.getpid()}.npy")
+        draft = cached.with_name(f".{key}.{os.getpid()}.{get_ident()}.npy")  # one a thread
         np.save(draft, np.stack(frames) if frames else np.zeros((0, size, size, 3), np.uint8))
         os.replace(draft, cached)
     return np.load(cached, mmap_mode="r")
@@ -380,10 +381,11 @@ def save_labels(folder, labels, meta):
 def load_labels(folder, dataset, episodes):
     """-> list of int64 [T, K], one an episode, and the labels' meta.  Refuses another dataset's."""
     folder = Path(folder)
-    if not (folder / "labels.json").is_file():
-        fail(f"{folder}: no labels there (expected labels.json; make them with quantize.py label)")
-    meta = json.loads((folder / "labels.json").read_text())
-    rows = np.load(folder / "labels.npy")
+    try:
+        meta = json.loads((folder / "labels.json").read_text())
+        rows = np.load(folder / "labels.npy")
+    except (OSError, ValueError, EOFError) as error:
+        fail(f"{folder}: no labels there (make them with quantize.py label): {error}")
     if meta["dataset"] != dataset.fingerprint:
         fail(f"{folder}/labels.json: made for another dataset ({meta['dataset']}) than "
              f"{dataset.path} ({dataset.fingerprint})")
@@ -464,17 +466,17 @@ def dataset_tokenizer(dataset):
     """DATASET/tokenizer.json where there is one, else words of the dataset's own instructions"""
     path = dataset.path / "tokenizer.json"
     if path.is_file():
-        return Tokenizer.from_file(str(path))
+        return read_tokenizer(path)
     return train_tokenizer([text for e in dataset.episodes
                             for text in (e.instruction, *e.info.get("captions", ()))])
 
 
-def checkpoint_tokenizer(path, option):
-    """The tokenizer stored with a checkpoint of stage 2 or 3"""
-    file = find_checkpoint(path, option) / "tokenizer.json"
-    if not file.is_file():
-        fail(f"--{option} {path}: {file} is missing")
-    return Tokenizer.from_file(str(file))
+def read_tokenizer(path):
+    """A tokenizers-library file, e.g. beside a dataset or in a checkpoint of stage 2 or 3"""
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing more precise
+        fail(f"{path}: no tokenizer: {error}")
 
 
 class Sequences:

@@ -53,7 +53,7 @@ class Policy:
         except ValueError as error:
             common.fail(f"--{option} {path}: {error}")
         self.model.to(self.device).eval()
-        tokenizer = data.checkpoint_tokenizer(path, option)
+        tokenizer = data.read_tokenizer(common.find_checkpoint(path, option) / "tokenizer.json")
         self.sequences = data.Sequences(tokenizer, self.model.image_tokens, meta["template"])
         self.edges = [np.array(e) for e in meta["bins"]]
 

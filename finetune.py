@@ -84,7 +84,8 @@ def build_model(c, few, processes):
     processes.say(f"inherited {c.init_from} (pretrained on {meta['labels']} labels, step "
                   f"{meta['step']}); fresh: {', '.join(fresh) or 'nothing'}; bins a dimension: "
                   f"{', '.join(str(max(1, len(e) - 1)) for e in edges)}")
-    tokenizer = data.checkpoint_tokenizer(c.init_from, "init_from")
+    tokenizer = data.read_tokenizer(common.find_checkpoint(c.init_from, "init_from")
+                                    / "tokenizer.json")
     return model, edges, tokenizer, meta["template"], fresh
 
 

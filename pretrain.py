@@ -191,7 +191,8 @@ def build_model(c, given, kind, dataset, processes):
     for name in sorted(given & shape.keys() - vocabularies.keys()):
         if getattr(c, name) != shape[name]:
             common.fail(f"--{name} {getattr(c, name)}: --init_from {c.init_from} has {shape[name]}")
-    tokenizer = data.checkpoint_tokenizer(c.init_from, "init_from")
+    tokenizer = data.read_tokenizer(common.find_checkpoint(c.init_from, "init_from")
+                                    / "tokenizer.json")
     model = VLA(VLAConfig(**shape))
     fresh = model.adopt(weights)
     processes.say(f"inherited {c.init_from} (step {meta['step']}); fresh: {', '.join(fresh)}")
