@@ -85,7 +85,8 @@ def loss_of(model, rows, kind, soft=0.0):
     text, text_right = model.answer_loss(hidden, rows, TEXT)
     if kind == TEXT:
         return text, text_right
-    loss, right = model.answer_loss(hidden, rows, kind, soft)
+    # Neighbouring bins are alike; neighbouring codes are not.
+    loss, right = model.answer_loss(hidden, rows, kind, soft if kind == ACTION else 0.0)
     return 0.99 * loss + 0.01 * text, right
 
 
