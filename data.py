@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from threading import get_ident
+from threading import Lock, get_ident
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ import tabletop
 from common import fail, parse_options
 from model import ACTION, LATENT, TEXT, VISION
 
+LOADING = Lock()  # CPython 3.11 parses .npy headers wrongly when several threads do it at once
 IMAGES = (".jpg", ".jpeg", ".png")
 FFMPEG_HINT = "ffmpeg is not installed (apt install ffmpeg, or pip install imageio-ffmpeg)"
 
@@ -220,7 +221,8 @@ def _load_actions(root, text, T, bad):
     if path is None or not path.is_file():
         return bad.append(("actions", f"{path or text} does not exist inside the dataset"))
     try:
-        actions = np.load(path)
+        with LOADING:
+            actions = np.load(path)
         actions = actions.astype(np.float32, casting="same_kind")
     except (OSError, ValueError, TypeError, EOFError) as error:
         return bad.append(("actions", f"{path} is no array of numbers: {error}"))
@@ -246,7 +248,8 @@ def cached_frames(video, size):
     """
     kind = _kind(video)
     if kind == "npy":
-        array = np.load(video, mmap_mode="r")
+        with LOADING:
+            array = np.load(video, mmap_mode="r")
         if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
             raise ValueError(f"{array.dtype} {array.shape}, expected uint8 (T, H, W, 3)")
         if array.shape[1:3] == (size, size):
@@ -263,7 +266,8 @@ def cached_frames(video, size):
         draft = cached.with_name(f".{key}.{os.getpid()}.{get_ident()}.npy")  # one a thread
         np.save(draft, np.stack(frames) if frames else np.zeros((0, size, size, 3), np.uint8))
         os.replace(draft, cached)
-    return np.load(cached, mmap_mode="r")
+    with LOADING:
+        return np.load(cached, mmap_mode="r")
 
 
 def resize(frame, size):
@@ -628,7 +632,7 @@ def main(argv):
     elif command == "check" and len(rest) == 1:
         data = open_dataset(rest[0], 64)
         known = sum(e.actions is not None for e in data.episodes)
-        train, held_out = data.split(50)
+        held_out = data.split(min(50, len(data.episodes) - 1))[1]
         print(f"{rest[0]}: {len(data.episodes)} episodes, "
               f"{sum(len(e.frames) for e in data.episodes)} frames, {known} with actions, "
               f"{len(held_out)} held out by default, fingerprint {data.fingerprint}: no defects")

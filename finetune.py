@@ -107,10 +107,11 @@ def train(c):
     kept = round(c.validate * len(few))
     few, checked = few[kept:], few[:kept]
     model, edges, tokenizer, template, fresh = build_model(c, few, processes)
+    origin = common.fingerprint(common.find_checkpoint(c.init_from, "init_from"))
     run = common.Run(c, processes, "finetune",
                      {"data": dataset.fingerprint, "where": c.where, "labelled": c.labelled,
-                      "model": model.config.__dict__, "bins": [list(e) for e in edges],
-                      "seed": c.seed, "batch": c.batch})
+                      "seed": c.seed, "batch": c.batch, "init_from": origin,
+                      "model": model.config.__dict__})
     processes.shard(model)
     groups = model.parameter_groups(c.lr, c.head_lr, fresh, c.freeze_vision)
     optimizer = common.make_optimizer(groups, betas=(0.9, 0.95), weight_decay=0.0)

@@ -276,6 +276,11 @@ class Quantizer(nn.Module):
                 noise = 1e-12 * torch.randn_like(self.codebook[dead])
                 self.codebook[dead] = live[pick] + noise
         else:
+            now = torch.bincount(self.nearest(d).flatten(), minlength=len(self.uses))
+            if dist.is_initialized():
+                dist.all_reduce(now)
+            if (now > 0).sum() * 2 <= len(now):  # collapsed, though entries may take turns in time
+                self.uses *= now > 0
             dead = self.uses < dead_below * self.uses.sum() / len(self.uses)
             points = d.flatten(0, 1).float()
             taken = self.codebook[~dead].float()

@@ -14,7 +14,7 @@ One loop serves every arm of the paper's comparison; they differ only in what th
 """
 
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -112,8 +112,9 @@ def train_inverse_dynamics(c, processes, few):
     (x_t, x_{t+1}) of the labelled few.  -> modules, [mean, std] of the actions"""
     torch.manual_seed(c.seed)
     names = {f.name for f in fields(LAQConfig)}
-    shape = {k: v for k, v in quantize.PRESETS[c.preset].items() if k in names}
-    encoder = LAQ(LAQConfig(**{**shape, "image_size": c.image_size}))
+    base = LAQConfig(**{k: v for k, v in quantize.PRESETS[c.preset].items() if k in names})
+    patch = c.image_size // base.grid  # the LAQ's grid of patches, on the VLA's pictures
+    encoder = LAQ(replace(base, image_size=patch * base.grid, patch_size=patch))
     known = np.concatenate([e.actions for e in few])
     width = encoder.config.code_len * encoder.config.quant_dim
     idm = nn.ModuleDict({"encoder": encoder, "head": nn.Linear(width, known.shape[1])})
@@ -150,6 +151,10 @@ def answers_for(c, processes, dataset, train_set, held_out):
     elif c.labels == "latent":
         answers, kept = data.load_labels(c.latents or Path(c.laq) / "labels", dataset, both)
         mark = common.fingerprint(common.find_checkpoint(c.laq, "laq"))
+        window = quantize.load_laq(c.laq)[1]["window"]
+        if kept["window"] != window:
+            common.fail(f"{c.latents or c.laq + '/labels'}/labels.json: made with a window of "
+                        f"{kept['window']} s, --laq {c.laq} has {window} s")
         if kept["laq"] != mark:
             common.fail(f"{c.latents or c.laq + '/labels'}/labels.json: made by LAQ {kept['laq']}, "
                         f"--laq {c.laq} is {mark}: label again with quantize.py label")

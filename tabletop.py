@@ -130,8 +130,11 @@ class TableTop:
             raise ValueError(f"action must be numbers of shape ({self.batch}, 2)")
         live = ~self.done
         motion = np.clip(action, -1, 1) * self.speed * live[:, None]
+        tip, blocks = self.tip, self.blocks.copy()
         for _ in range(4):  # sub-steps, so that a fast tip cannot jump into a block
             self._move(motion / 4)
+        self.tip = np.where(live[:, None], self.tip, tip)
+        self.blocks = np.where(live[:, None, None], self.blocks, blocks)
         self.steps += live
         won = live & self._solved()
         self.success |= won

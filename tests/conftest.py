@@ -1,0 +1,61 @@
+"""What the test files share: the repository's path, ways to run a stage, hand-made datasets."""
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory):
+    """start("data.py", "check", D): that command line, in a process and a folder of its own"""
+    home = tmp_path_factory.mktemp("home")
+    os.environ["LAPA_CACHE"] = str(home / "cache")
+
+    def run(*words):
+        words = [str(ROOT / str(w) if str(w).endswith(".py") else w) for w in words]
+        return subprocess.run([sys.executable, *words], cwd=home, capture_output=True, text=True)
+    return run
+
+
+@pytest.fixture
+def inside(monkeypatch):
+    """inside("data.py", "check", D) -> exit code: the same within this process, which is quicker"""
+    def run(script, *words):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as stop:
+            return stop.code or 0
+        return 0
+    return run
+
+
+@pytest.fixture
+def make_dataset(tmp_path, monkeypatch):
+    """make_dataset({"a": 5}): a dataset of one random video of 5 frames with actions -> its folder.
+    change(root, rows) may break things before episodes.jsonl is written.  Its cache is fresh."""
+    monkeypatch.setenv("LAPA_CACHE", str(tmp_path / "cache"))
+
+    def make(lengths, change=lambda root, rows: None, size=8, root=tmp_path / "dataset"):
+        rng, rows = np.random.default_rng(0), {}
+        (root / "videos").mkdir(parents=True)
+        for name, T in lengths.items():
+            np.save(root / f"{name}.npy", rng.random((T - 1, 2), dtype=np.float32))
+            np.save(root / f"videos/{name}.npy", rng.integers(0, 256, (T, size, size, 3), np.uint8))
+            rows[name] = {"id": name, "instruction": "push it", "video": f"videos/{name}.npy",
+                          "fps": 5, "frames": T, "actions": f"{name}.npy"}
+        change(root, rows)
+        lines = [r if isinstance(r, str) else json.dumps(r) for r in rows.values()]
+        (root / "episodes.jsonl").write_text("\n".join(lines))
+        return root
+    return make

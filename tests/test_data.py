@@ -1,0 +1,333 @@
+"""Episodes on disk, their cache, windows, labels, bins, token rows, the report card's figures."""
+import json
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import quantize
+from conftest import ROOT
+from model import ACTION, LATENT, TEXT, VISION
+
+needs_ffmpeg = pytest.mark.skipif(not data._ffmpeg(), reason=data.FFMPEG_HINT)
+LANGUAGE_TABLE = ROOT.parent / "shared" / "data" / "language-table"
+
+# ---------------------------------------------------------------- defects of a dataset
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def junk(name):
+    """A video `name` that no decoder understands"""
+    def change(root, b):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_bytes(b"\x89PNG junk" * 20)
+        b.update(video=name.partition("/")[0], frames=0)
+        del b["frames"]
+    return change
+
+
+def video(array):
+    return lambda root, b: np.save(root / "videos/b.npy", array)
+
+
+def actions(*shape, value=0.0):
+    return lambda root, b: np.save(root / "b.npy", np.full(shape, value, np.float32))
+
+
+def one_frame(root, b):
+    video(np.zeros((1, 8, 8, 3), np.uint8))(root, b), actions(1, 2)(root, b)
+    b["frames"] = 1
+
+
+DEFECTS = {  # name: (field, what breaks episode b of 7 frames)
+    "duplicate id": ("id", lambda root, b: b.update(id="a")),
+    "missing video": ("video", lambda root, b: b.update(video="videos/none.npy")),
+    "no video": ("video", lambda root, b: b.pop("video")),
+    "undecodable film": ("video", junk("b.mp4")),
+    "undecodable picture": ("video", junk("b/img_1.png")),
+    "truncated npy": ("video", lambda root, b: cut(root / "videos/b.npy")),
+    "float video": ("video", video(np.ones((7, 8, 8, 3)))),
+    "T that does not match": ("frames", lambda root, b: b.update(frames=8)),
+    "one frame": ("video", one_frame),
+    "actions too short": ("actions", actions(5, 2)),
+    "actions of no width": ("actions", actions(6, 0)),
+    "flat actions": ("actions", actions(6)),
+    "another width": ("actions", actions(6, 3)),
+    "NaN": ("actions", actions(6, 2, value=np.nan)),
+    "truncated actions": ("actions", lambda root, b: cut(root / "b.npy")),
+    "missing actions": ("actions", lambda root, b: b.update(actions="none.npy")),
+    "empty instruction": ("instruction", lambda root, b: b.update(instruction="  ")),
+    "no instruction": ("instruction", lambda root, b: b.pop("instruction")),
+    "absolute path": ("video", lambda root, b: b.update(video=str(root / "videos/b.npy"))),
+    "path outside": ("actions", lambda root, b: b.update(actions="../dataset/b.npy")),
+    "no fps": ("fps", lambda root, b: b.pop("fps")),
+    "fps zero": ("fps", lambda root, b: b.update(fps=0)),
+    "captions": ("captions", lambda root, b: b.update(captions=["one"]))}
+
+
+def refused(folder, capsys):
+    """Open a broken dataset -> what it says on stderr"""
+    with pytest.raises(SystemExit) as stop:
+        data.open_dataset(folder, 8)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("error:") == 1
+    return said
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=needs_ffmpeg) if n.endswith("film") else n
+                                  for n in DEFECTS])
+def test_a_defect_names_file_episode_and_field(make_dataset, capsys, name):
+    field, change = DEFECTS[name]
+    folder = make_dataset({"a": 5, "b": 7, "c": 4}, lambda root, rows: change(root, rows["b"]))
+    episode, said = "a" if name == "duplicate id" else "b", refused(folder, capsys)
+    assert f"{folder}/episodes.jsonl: episode '{episode}': field {field}:" in said
+    assert said.count("field ") == 1  # nothing else is wrong
+
+
+@pytest.mark.parametrize("line", ['{"id": "b", ', "[1, 2]", '{"instruction": "x"}', '{"id": 7}'])
+def test_a_broken_line_is_named_by_its_number(make_dataset, capsys, line):
+    folder = make_dataset({"a": 5, "b": 5}, lambda root, rows: rows.update(b=line))
+    said = refused(folder, capsys)
+    assert f"{folder}/episodes.jsonl: line 2" in said and ("field id" in said) == ("}" in line)
+
+
+def test_all_defects_are_reported_at_once(make_dataset, capsys):
+    def change(root, rows):
+        DEFECTS["NaN"][1](root, rows["b"])
+        rows["b"]["instruction"], rows["c"]["fps"], rows["d"] = "", "fast", "{"
+    said = refused(make_dataset({"a": 5, "b": 7, "c": 4, "d": 4}, change), capsys)
+    for part in ("4 defects", "'b': field actions", "'b': field instr", "'c': field fps", "line 4"):
+        assert part in said
+
+
+# ---------------------------------------------------------------- videos and their cache
+def pictures(root, row):
+    (root / "img").mkdir()
+    for n in range(1, 13):  # img_2 comes before img_10, though not in the alphabet
+        Image.new("RGB", (32, 32), (20 * n,) * 3).save(root / f"img/img_{n}.png")
+    row["video"] = "img"
+
+
+def film(root, row):
+    raw = b"".join(bytes([20 * n]) * (32 * 32 * 3) for n in range(1, 13))
+    subprocess.run([data._ffmpeg(), "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s",
+                    "32x32", "-r", "5", "-i", "-", str(root / "film.mp4")], input=raw, check=True)
+    row["video"] = "film.mp4"
+    del row["fps"]  # the file knows
+
+
+def array(root, row):
+    frames = np.arange(20, 260, 20, dtype=np.uint8)[:, None, None, None]
+    np.save(root / "videos/b.npy", np.broadcast_to(frames, (12, 32, 32, 3)))
+
+
+@pytest.mark.parametrize("kind", [array, pictures, pytest.param(film, marks=needs_ffmpeg)])
+@pytest.mark.parametrize("size", [32, 8])
+def test_all_kinds_of_video(make_dataset, kind, size):
+    folder = make_dataset({"b": 12}, lambda root, rows: kind(root, rows["b"]))
+    (e,) = data.open_dataset(folder, size).episodes
+    assert e.fps == 5 and e.frames.shape == (12, size, size, 3) and e.frames.dtype == np.uint8
+    gap = e.frames - 20.0 * np.arange(1, 13)[:, None, None, None]
+    assert np.abs(gap).max() <= (3 if kind == film else 0)
+
+
+@needs_ffmpeg
+@pytest.mark.skipif(not LANGUAGE_TABLE.is_dir(), reason=f"{LANGUAGE_TABLE} is not here")
+def test_real_language_table_episodes(tmp_path, monkeypatch):
+    monkeypatch.setenv("LAPA_CACHE", str(tmp_path / "cache"))
+    lines = (LANGUAGE_TABLE / "episodes.jsonl").read_text().splitlines()[:3]
+    (tmp_path / "episodes.jsonl").write_text("\n".join(lines))
+    for path in (json.loads(line)[k] for line in lines for k in ("video", "actions")):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_bytes((LANGUAGE_TABLE / path).read_bytes())
+    for e in data.open_dataset(tmp_path, 64, actions_needed=True).episodes:
+        assert e.frames.shape == (e.info["frames"], 64, 64, 3) and 60 < e.frames.mean() < 250
+        assert e.actions.shape == (len(e.frames) - 1, 2) and np.abs(e.actions).max() <= 0.11
+        assert np.abs(np.diff(e.frames.astype(int), axis=0)).mean((1, 2, 3)).max() > 0.1  # it moves
+
+
+def test_cache_is_read_renewed_and_ignores_drafts(make_dataset, tmp_path):
+    folder = make_dataset({"a": 5})
+    frames = lambda: np.array(data.open_dataset(folder, 4).episodes[0].frames)
+    first, (file,) = frames(), list((tmp_path / "cache/frames_4").iterdir())
+    np.save(file, np.full_like(first, 7))  # shows that the file is what is read
+    assert (frames() == 7).all()
+    file.rename(file.with_name(f".{file.stem}.1.npy"))  # the draft of a process that was killed
+    cut(file.with_name(f".{file.stem}.1.npy"))
+    assert np.array_equal(frames(), first)
+    np.save(folder / "videos/a.npy", np.full((5, 8, 8, 3), 9, np.uint8))  # the source changed
+    assert (frames() == 9).all()
+
+
+def test_two_processes_may_open_a_dataset_at_once(make_dataset, tmp_path):
+    folder = make_dataset({f"e{i}": 40 for i in range(20)}, size=32)
+    script = "import sys, data; print([int(e.frames.sum(dtype=int)) for e in " \
+             "data.open_dataset(sys.argv[1], 4).episodes])"
+    both = [subprocess.Popen([sys.executable, "-c", script, folder], cwd=ROOT, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+    (one, complaint), (two, _) = (p.communicate() for p in both)
+    assert one == two and one.count(",") == 19, complaint
+    assert len(list((tmp_path / "cache/frames_4").iterdir())) == 20  # no draft is left
+
+
+def test_episodes_may_share_a_video(make_dataset):
+    """Two threads then decode one source at once; they must not take each other's draft away."""
+    folder = make_dataset({f"e{i}": 300 for i in range(8)}, size=64, change=lambda root, rows: [
+        row.update(video="videos/e0.npy") for row in rows.values()])
+    for size in range(40, 48):  # many tries: it is a race
+        frames = [e.frames for e in data.open_dataset(folder, size).episodes]
+        assert all(np.array_equal(f, frames[0]) for f in frames)
+
+
+# ---------------------------------------------------------------- windows and batches
+@pytest.mark.parametrize("seconds, fps, frames", [(0.6, 5, 3), (0.6, 10, 6), (2.5, 12, 30),
+                                                  (0.6, 0.5, 1), (0.0, 5, 1)])
+def test_window_frames(seconds, fps, frames):
+    assert data.window_frames(seconds, fps) == frames
+
+
+def test_frame_pairs_look_ahead_and_clamp_at_the_end(make_dataset):
+    a, b = episodes = data.open_dataset(make_dataset({"a": 5, "b": 7}), 8).episodes
+    assert data.future_index([0, 1, 3, 4], 5, 3).tolist() == [3, 4, 4, 4]
+    pairs = data.frame_pairs(episodes, [(1, 2), (0, 3)], 0.6)
+    assert np.array_equal(pairs, [b.frames[[2, 5]], a.frames[[3, 4]]])
+    assert float(data.to_float(pairs)[1, 0, 2, 5, 6]) == pytest.approx(a.frames[3][5, 6, 2] / 255)
+
+
+def test_draw_is_a_pure_function_of_seed_and_step():
+    once = data.draw(3, 17, 2000, [2, 50])
+    assert once == data.draw(3, 17, 2000, [2, 50])
+    assert once != data.draw(3, 18, 2000, [2, 50]) and once != data.draw(4, 17, 2000, [2, 50])
+    assert {t for e, t in once if e == 0} == {0, 1} and {t for e, t in once if e} == set(range(50))
+    assert abs(sum(e for e, _ in once) / 2000 - 0.5) < 0.05  # clips, not frames, are equally likely
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_stream_keeps_the_order(workers):
+    def make(step):
+        time.sleep(0.01 * (-step % 3))  # later ones would overtake
+        return step
+    assert list(data.stream(make, 4, 20, workers)) == list(range(4, 20))
+
+
+# ---------------------------------------------------------------- the report card's figures
+@pytest.mark.parametrize("rows", [4, 5])  # T-1 or T rows of actions for T = 5 frames
+def test_window_motion_sums_the_actions_of_the_window(rows):
+    values = np.array([[1, 0], [2, 10], [4, 20], [8, 30], [99, 99]], np.float32)[:rows]
+    episode = data.Episode("a", "x", 5, {}, np.zeros((5, 8, 8, 3), np.uint8), values)
+    expected = [[3, 10], [6, 30], [12, 50], [8, 30], [0, 0]]  # 0.4 s are 2 frames
+    assert quantize.window_motion(episode, 0.4).tolist() == expected
+
+
+def test_common_shift_moves_both_frames_alike():
+    torch.manual_seed(0)
+    pair, found = torch.rand(40, 2, 3, 8, 8), set()
+    for before, after in zip(pair, quantize.common_shift(pair, 0.25)):
+        padded = np.pad(before.numpy(), ((0, 0), (0, 0), (2, 2), (2, 2)), mode="edge")
+        (fit,) = [(y, x) for y in range(5) for x in range(5)
+                  if np.array_equal(padded[:, :, y:y + 8, x:x + 8], after.numpy())]
+        found.add(fit)
+    assert {y for y, _ in found} == {x for _, x in found} == set(range(5))
+
+
+def test_perplexity_psnr_and_probe():
+    values = [quantize.perplexity(np.array(z), 8) for z in ([3, 3], range(8), [0, 0, 0, 1])]
+    assert values == pytest.approx([1, 8, 1.7548], abs=1e-4)
+    assert [quantize.psnr(mse) for mse in (1, 0.01)] == pytest.approx([0, 20])
+    rng = np.random.default_rng(0)
+    codes, effect = rng.integers(0, 8, (3000, 2)), rng.normal(size=(2, 8, 3))
+    target = effect[0][codes[:, 0]] + effect[1][codes[:, 1]]
+    r2 = lambda z: quantize.probe_r2(z[:2000], target[:2000], z[2000:], target[2000:], 8)
+    assert min(r2(codes)) > 0.999 and np.abs(r2(rng.permutation(codes))).max() < 0.05
+
+
+# ---------------------------------------------------------------- latent labels and action bins
+def test_labels_come_back_and_others_are_refused(make_dataset, tmp_path, capsys):
+    opened = data.open_dataset(make_dataset({"a": 5, "b": 7}), 8)
+    labels = {"a": np.arange(20).reshape(5, 4) % 8, "b": np.arange(28).reshape(7, 4) % 7}
+    meta = {"laq": "x", "window": 0.6, "dataset": opened.fingerprint}
+    data.save_labels(tmp_path, labels, meta)
+    found, kept = data.load_labels(tmp_path, opened, opened.episodes[::-1])
+    assert kept == meta and all(np.array_equal(f, labels[n]) for f, n in zip(found, "ba"))
+
+    def refused(words, mark=opened.fingerprint):
+        with pytest.raises(SystemExit) as stop:
+            data.load_labels(tmp_path, data.Dataset(opened.path, mark), opened.episodes)
+        assert stop.value.code == 2 and words in capsys.readouterr().err
+    refused("another dataset", mark="0" * 12)
+    data.save_labels(tmp_path, {**labels, "b": labels["b"][:-1]}, meta)
+    refused("episode 'b' has 6 labels, expected 7")
+    np.save(tmp_path / "labels.npy", np.zeros((3, 4), np.uint16))
+    refused("3 rows")
+    (tmp_path / "labels.json").unlink()
+    refused("no labels there")
+
+
+@pytest.mark.parametrize("values, edges, middles", [
+    (range(9), [0, 2, 4, 6, 8], [1, 3, 5, 7]),
+    ([0, 0, 0, 0, 1, 2, 3, 4], [0, 0.5, 2.25, 4], [0.25, 1.375, 3.125]),  # ties: an edge fewer
+    ([7] * 5, [7], [7])])  # a constant column keeps its value
+def test_bins_are_quantiles_as_qcut_cuts_them(values, edges, middles):
+    found = data.fit_bins(np.array(values, np.float32)[:, None], bins=4)
+    every = np.arange(len(middles))[:, None]
+    assert found[0].tolist() == edges and data.from_bins(every, found)[:, 0].tolist() == middles
+    assert np.array_equal(data.to_bins(data.from_bins(every, found), found), every)
+    assert data.from_bins(np.array([[99]]), found).item() == middles[-1]
+
+
+def test_values_find_their_bin():
+    gripper = data.fit_bins(np.array([[0], [1], [1]]), 256, data.parse_dimensions("0"))[0]
+    assert gripper.tolist() == [-0.5, 0.5, 1.5]
+    edges = [np.array([0.0, 2, 4, 6, 8]), np.array([7.0]), gripper]
+    rows = np.array([[-5, 3, 0], [0, 7, 0.4], [1.99, 9, 0.5], [2, 7, 1], [8, 7, 9]], np.float32)
+    assert data.to_bins(rows, edges).tolist() == [[0, 0, 0], [0, 0, 0], [0, 0, 1], [1, 0, 1],
+                                                  [3, 0, 1]]
+    assert data.from_bins(data.to_bins(rows, edges), edges)[:, 2].tolist() == [0, 0, 1, 1, 1]
+
+
+# ---------------------------------------------------------------- token rows
+
+SEQUENCES = data.Sequences(data.train_tokenizer(["push red block", "star"]), 2, "do {instruction}")
+
+
+def row(text):
+    """Words (and digits, which stand for themselves) -> token numbers"""
+    return [int(w) if w.isdigit() else SEQUENCES.tokenizer.token_to_id(w) for w in text.split()]
+
+
+@pytest.mark.parametrize("kind, answers, said", [
+    (LATENT, [[5, 1], [0, 7]], ("<delta> 5 1 </delta> </s>", "<delta> 0 7 </delta> </s>")),
+    (ACTION, [[5, 1], [0, 7]], ("<action> 5 1 </action> </s>", "<action> 0 7 </action> </s>")),
+    (TEXT, ["red star", "star"], ("red star </s>", "star </s>"))])
+def test_rows_by_hand(kind, answers, said):
+    batch = SEQUENCES.rows(["push red", "block"], answers, kind)
+    prompts = [f"<s> <unk> {text} <vision> 0 0 </vision> " for text in ("push red", "block")]
+    whole, length = [row(p + s) for p, s in zip(prompts, said)], len(row(prompts[0] + said[0]))
+    for i, prompt in enumerate((8, 7)):
+        tokens = whole[i] + [data.PAD] * (length - len(whole[i]))
+        kinds = [TEXT] * (prompt - 3) + [VISION] * 2 + [TEXT] * (length - prompt + 1)
+        if kind != TEXT:
+            kinds[prompt + 1:prompt + 3] = [kind] * 2
+        answer = range(prompt, len(whole[i]))  # tags, codes and eos: what a model has to say
+        assert batch["tokens"][i].tolist() == tokens[:-1]
+        assert batch["targets"][i].tolist() == tokens[1:]
+        assert batch["kinds"][i].tolist() == kinds[:-1]
+        assert batch["target_kinds"][i].tolist() == kinds[1:]
+        assert batch["mask"][i].tolist() == [j in answer for j in range(1, length)]
+
+
+def test_prompts_are_padded_on_the_left_and_begin_as_rows_do():
+    tokens, kinds, valid = SEQUENCES.prompts(["push red", "block"], LATENT)
+    begin = "<s> <unk> {} <vision> 0 0 </vision> <delta>"
+    assert tokens.tolist() == [row(begin.format("push red")),
+                               [data.PAD] + row(begin.format("block"))]
+    assert valid.tolist() == [[True] * 9, [False] + [True] * 8]
+    assert kinds[1].tolist() == [TEXT] * 5 + [VISION] * 2 + [TEXT] * 2
+    trained = SEQUENCES.rows(["push red"], [[5, 1]], LATENT)["tokens"]
+    assert trained[0, :9].tolist() == tokens[0].tolist()

@@ -1,0 +1,309 @@
+"""The two networks: LAQ against the official code's numbers, its codebook, and the VLA."""
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+import common
+import data
+import model
+import quantize
+import tabletop
+from convert import LAQ_KEYS, laq_from_official
+from model import ACTION, LATENT, TEXT, VISION, LAQ, LAQConfig, VLA, VLAConfig
+
+FOLDER = Path(__file__).parent / "golden"  # made with the official code: shared/fixtures/laq_small
+INFO = json.loads((FOLDER / "info.json").read_text())
+GOLDEN = {k: torch.from_numpy(v) for k, v in np.load(FOLDER / "golden.npz").items()}
+PAIR, CODES = data.to_float(GOLDEN["video_u8"].numpy()), GOLDEN["indices"].long()
+SMALL = dict(image_size=32, patch_size=8, dim=32, heads=4, dim_head=8, spatial_depth=1,
+             temporal_depth=1, decoder_depth=1, quant_dim=8)
+
+
+def ours(name):
+    for pattern, new in LAQ_KEYS:
+        name = re.sub(pattern, new, name)
+    return name
+
+
+def official():
+    return laq_from_official(torch.load(FOLDER / "laq.pt", weights_only=True))
+
+
+# ---------------------------------------------------------------- parity with the official LAQ
+def test_pt_and_safetensors_give_the_official_outputs():
+    net, other = official(), laq_from_official(load_file(FOLDER / "model.safetensors"))
+    assert net.config == other.config
+    assert all(torch.equal(t, other.state_dict()[name]) for name, t in net.state_dict().items())
+    assert torch.equal(net.label(PAIR), CODES)
+    users = (3 * torch.arange(CODES.numel()) + 1).remainder(8).view_as(CODES)
+    for found, name in ((net.difference(PAIR), "d"), (net.imagine(PAIR[:, 0], CODES), "recon"),
+                        (net.imagine(PAIR[:, 0], users), "recon_user"),
+                        (net.quantizer.tokens(net.quantizer.codebook[CODES]), "action_tokens")):
+        torch.testing.assert_close(found, GOLDEN[name], rtol=0, atol=1e-5)
+
+
+def test_training_pass_gives_the_official_loss_and_gradients():
+    net, unused = official(), INFO["params_without_grad"]
+    loss, _, _ = net(PAIR, noise=GOLDEN["train_noise"])
+    assert abs(loss.item() - float(GOLDEN["train_loss"])) < 1e-6
+    loss.backward()
+    found = {name: p.grad for name, p in net.named_parameters()}
+    assert all(found[ours(name)] is None for name in unused)
+    # A bias that cancels (under softmax, in a difference) has a gradient of rounding noise: 1e-7.
+    for name, norm in INFO["grad_l2"].items():
+        if norm and name not in unused:  # 0: the zero-size null_kv
+            assert float(found[ours(name)].norm()) == pytest.approx(norm, rel=1e-4, abs=1e-7), name
+    for name, grad in np.load(FOLDER / "train_grads.npz").items():
+        if grad.size and name not in unused:
+            gap = np.linalg.norm(found[ours(name)].numpy() - grad)
+            assert gap <= 1e-4 * np.linalg.norm(grad) + 1e-7, name
+
+
+def test_convert_command_line(inside, tmp_path):
+    assert inside("convert.py", FOLDER / "laq.pt", tmp_path / "laq") == 0
+    net, meta = quantize.load_laq(tmp_path / "laq")
+    assert meta["window"] == 0.6 and torch.equal(net.cpu().label(PAIR), CODES)
+
+
+def test_paper_size_has_the_official_tensors():
+    with torch.device("meta"):
+        full = LAQ(LAQConfig())
+    assert model.count_parameters(full) == 343_796_080
+    keys = json.loads((FOLDER / "full_config_keys.json").read_text())
+    found = {k: list(t.shape) for k, t in full.state_dict().items()}
+    assert found.pop("quantizer.uses") == [8]  # ours
+    assert found == {ours(k): shape for k, shape in keys.items()
+                     if not k.endswith(".beta") and 0 not in shape}
+
+
+@pytest.mark.parametrize("name, change, said", [
+    ("dec_spatial_transformer.norm_out.gamma", lambda s, k: s.pop(k), "missing: decoder.norm_out"),
+    ("vq.surprise", lambda s, k: s.update({k: torch.ones(3)}), "unexpected: quantizer.surprise"),
+    ("vq.project_in.weight", lambda s, k: s.update({k: s[k][:, 1:]}), "project_in.weight (16, 63)"),
+    ("dec_spatial_transformer.norm_out.beta", lambda s, k: s.update({k: torch.ones(64)}), "beta")])
+def test_wrong_tensors_are_refused_by_name(name, change, said):
+    state = load_file(FOLDER / "model.safetensors")
+    change(state, name)
+    with pytest.raises(ValueError, match=re.escape(said)):
+        laq_from_official(state)
+
+
+@pytest.mark.parametrize("content", [b"junk", [1, 2], {"a": slice(1)}], ids=str)
+def test_convert_refuses_files_that_hold_anything_but_tensors(inside, tmp_path, capsys, content):
+    source = tmp_path / "bad.pt"
+    source.write_bytes(content) if isinstance(content, bytes) else torch.save(content, source)
+    assert inside("convert.py", source, tmp_path / "out") == 2
+    assert f"error: {source}" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------- codebook and gradients
+def test_substitute_keeps_the_distance_and_reaches_encoder_and_codebook():
+    quantizer, d = model.Quantizer(LAQConfig(**SMALL)), torch.randn(6, 4, 8, requires_grad=True)
+    gaps = (d[:, :, None] - quantizer.codebook).norm(dim=-1)
+    indices = quantizer.nearest(d)
+    assert torch.equal(indices, gaps.argmin(-1))
+    value = quantizer.substitute(d, indices)
+    torch.testing.assert_close((value - d).norm(dim=-1), gaps.min(-1).values)
+    value.square().sum().backward()
+    assert d.grad.norm() > 0 and quantizer.codebook.grad[indices.unique()].norm(dim=-1).min() > 0
+
+
+@pytest.mark.parametrize("codes_matter", [True, False])
+def test_decoder_does_not_shape_the_patch_embedding(codes_matter):
+    """With codes that say nothing, only the decoder's own view of x_t could reach it: detached."""
+    net = LAQ(LAQConfig(**SMALL))
+    if not codes_matter:
+        torch.nn.init.zeros_(net.quantizer.project_out.weight)
+    net(torch.rand(2, 2, 3, 32, 32))[0].backward()
+    for p in (*net.patch_embed.parameters(), net.quantizer.codebook,
+              net.spatial_encoder.layers[0].attention.to_q.weight):
+        assert p.grad.any() == codes_matter
+    assert net.decoder.layers[0].attention.to_q.weight.grad.any()
+
+
+@pytest.mark.parametrize("official_rule, expected", [(False, [3, 1]), (True, [1, 1])])
+def test_every_use_counts_except_under_the_official_rule(official_rule, expected):
+    quantizer = model.Quantizer(LAQConfig(**SMALL, official_counting=official_rule))
+    before = quantizer.codebook.detach().clone()
+    quantizer.count(torch.randn(1, 4, 8), torch.tensor([[3, 3, 3, 1]]))
+    assert quantizer.uses[[3, 1]].tolist() == expected
+    assert "uses" in quantizer.state_dict()  # resuming continues the count
+    assert torch.equal(quantizer.codebook, before)  # unless it is pulled
+
+
+def test_used_entries_are_pulled_to_the_mean_of_what_chose_them():
+    quantizer, d = model.Quantizer(LAQConfig(**SMALL)), torch.randn(1, 4, 8)
+    expected = quantizer.codebook.detach().clone()
+    expected[3] = 0.8 * expected[3] + 0.2 * d[0, :3].mean(0)
+    expected[1] = 0.8 * expected[1] + 0.2 * d[0, 3]
+    quantizer.count(d, torch.tensor([[3, 3, 3, 1]]), pull=0.2)
+    torch.testing.assert_close(quantizer.codebook.detach(), expected)
+
+
+def test_dead_codes_land_on_encoder_outputs_of_the_batch():
+    quantizer, d = model.Quantizer(LAQConfig(**SMALL)), torch.randn(16, 4, 8)
+    before = quantizer.codebook.detach().clone()
+    uses = torch.tensor([[0, 1, 2, 3]] * 20 + [[4, 0, 0, 0]])  # 4: under 10 % of a fair share
+    quantizer.count(torch.zeros(21, 4, 8), uses)
+    assert quantizer.replace_dead(torch.cat((d, before[:4].expand(4, 4, 8)))) == 4
+    after = quantizer.codebook.detach()
+    gaps = (d.flatten(0, 1)[:, None] - after[4:]).norm(dim=-1)
+    assert torch.equal(after[:4], before[:4])
+    assert gaps.min(0).values.max() == 0 and len(gaps.argmin(0).unique()) == 4
+    assert quantizer.uses.sum() == 0
+
+
+def test_codes_that_take_turns_far_from_the_data_are_dead():
+    """All entries at one far point: each batch finds one of them, which then drifts, so that soon
+    every entry was used.  A batch that uses a single code is collapsed all the same."""
+    quantizer, d = model.Quantizer(LAQConfig(**SMALL)), torch.randn(16, 4, 8)
+    quantizer.codebook.data.fill_(50.0)
+    for i in range(48):
+        quantizer.count(d, torch.full((16, 4), i % 8))
+    quantizer.replace_dead(d)
+    assert len(quantizer.nearest(d).unique()) >= 7
+
+
+@pytest.mark.parametrize("official_rule", [False, True])
+@pytest.mark.parametrize("first", [0, 1001])
+def test_a_collapsed_codebook_heals(first, official_rule):
+    """All entries are moved to one far point, at the start or late in training: within 200 steps a
+    batch uses all 8 codes again.  The official rule never gets there."""
+    env = tabletop.TableTop(64, size=32)
+    frames = [env.reset(3)[0]["image"]]
+    while len(frames) < 13:
+        frames.append(env.step(env.expert(0.3))[0]["image"])
+    c = quantize.QuantizeConfig(data="", out="", **{**quantize.PRESETS["tiny"], **SMALL,
+                                                    "official_counting": official_rule})
+    torch.manual_seed(0)
+    net = LAQ(LAQConfig(**{f.name: getattr(c, f.name) for f in fields(LAQConfig)}))
+    net.quantizer.codebook.data.fill_(50.0)
+    optimizer, processes = quantize.make_optimizer(net, c), common.Processes()
+    c.steps, most = 2000, 0
+    for step in range(first, first + 200):
+        rng = np.random.default_rng(step)
+        t, table = rng.integers(10, size=16), rng.integers(64, size=16)
+        pair = np.stack(frames)[[t, t + 3], table].swapaxes(0, 1)
+        most = max(most, quantize.train_step(net, optimizer, processes, c, step,
+                                             data.to_float(pair))[2])
+        if most == 8:
+            break
+    assert (most == 8) != official_rule
+
+
+def one_of_two(rank, folder):
+    """Each rank counts and sees a batch of its own"""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.manual_seed(rank)
+    quantizer = model.Quantizer(LAQConfig(**SMALL))
+    dist.broadcast(quantizer.codebook.data, 0)
+    quantizer.count(torch.randn(9, 4, 8), torch.tensor([[rank, rank, 7, 7]] * 9), pull=0.2)
+    uses = quantizer.uses.tolist()
+    moved = quantizer.replace_dead(torch.randn(8, 4, 8))
+    torch.save((uses, moved, quantizer.codebook.data), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_replacement_is_the_same_on_both_ranks(tmp_path):
+    torch.multiprocessing.spawn(one_of_two, (str(tmp_path),), nprocs=2)
+    (uses, moved, book), other = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert uses == other[0] == [18, 18, 0, 0, 0, 0, 0, 36]
+    assert moved == other[1] == 5 and torch.equal(book, other[2])
+
+
+def test_two_processes_train_one_checkpoint(start, make_dataset, tmp_path):
+    folder, out = make_dataset({f"e{i}": 6 for i in range(4)}), tmp_path / "run"
+    shape = [w for k, v in SMALL.items() for w in (f"--{k}", v)]
+    done = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2,
+                 "quantize.py", "--preset", "tiny", *shape, "--data", folder, "--held_out", 1,
+                 "--out", out, "--steps", 4, "--batch", 8, "--log_every", 1)
+    assert done.returncode == 0, done.stderr
+    assert [p.name for p in out.glob("step_*")] == ["step_00000004"]
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 4
+    processes = common.Processes()
+    processes.world, processes.rank = 2, 1
+    assert processes.share(8) == slice(4, 8)
+    with pytest.raises(SystemExit):
+        processes.share(7)
+
+
+# ---------------------------------------------------------------- the VLA
+
+SEQUENCES = data.Sequences(data.train_tokenizer(["push the red block left"]), image_tokens=4)
+TEXTS = ["push left", "push the red block left", "block"]
+
+
+@pytest.fixture
+def vla():
+    torch.manual_seed(0)
+    net = VLA(VLAConfig(dim=32, layers=2, heads=2, mlp=48, latent_vocab=8, action_vocab=16,
+                        text_vocab=SEQUENCES.tokenizer.get_vocab_size(), rope_theta=1e4,
+                        image_size=16, patch_size=8))
+    for p in net.parameters():
+        p.data.mul_(8 if p.std() < 0.1 else 1)  # fresh weights are so small that all looks alike
+    return net.eval()
+
+
+@pytest.mark.parametrize("kind", [LATENT, ACTION, TEXT])
+def test_generation_equals_the_full_pass_with_and_without_cache_and_padding(vla, kind):
+    tokens, kinds, valid = SEQUENCES.prompts(TEXTS, kind)
+    images = torch.rand(3, 3, 16, 16) * 2 - 1
+    found = vla.generate(tokens, kinds, images, valid, kind, 5)
+    assert torch.equal(found, vla.generate(tokens, kinds, images, valid, kind, 5, use_cache=False))
+    whole = torch.cat((tokens, found), 1), torch.cat((kinds, torch.full_like(found, kind)), 1)
+    hidden = vla(*whole, images, torch.cat((valid, found >= 0), 1))
+    assert torch.equal(vla.score(hidden[:, -6:-1], kind).argmax(-1), found)
+    for i, text in enumerate(TEXTS):
+        tokens, kinds, valid = SEQUENCES.prompts([text], kind)
+        alone = vla.generate(tokens, kinds, images[i:i + 1], valid, kind, 5)
+        assert torch.equal(alone[0], found[i]), text
+    assert len(found.unique()) > 1
+
+
+def test_positions_use_their_own_vocabulary_and_see_only_the_past(vla):
+    rows = SEQUENCES.rows(["push left"], [[5, 1, 1, 2]], LATENT)
+    images = torch.rand(1, 3, 16, 16)
+    hidden = vla(rows["tokens"], rows["kinds"], images)
+    vla.latent_embed.weight.data[5] += 1
+    moved = (vla(rows["tokens"], rows["kinds"], images) - hidden).abs().amax(-1)[0] > 0
+    at = int((rows["kinds"][0] == LATENT).nonzero()[0])
+    assert int(moved.nonzero()[0]) == at
+    moved = (vla(rows["tokens"], rows["kinds"], 1 - images) - hidden).abs().amax(-1)[0] > 0
+    assert int(moved.nonzero()[0]) == int((rows["kinds"][0] == VISION).nonzero()[0])
+
+
+def test_answer_loss_is_the_mean_over_rows_of_the_mean_over_tokens(vla):
+    rows = SEQUENCES.rows(TEXTS, ["red", "block left push", "the block"], TEXT)
+    hidden, by_hand = torch.randn(*rows["tokens"].shape, 32), []
+    for h, target, mask in zip(hidden, rows["targets"], rows["mask"]):
+        terms = [F.cross_entropy(vla.text_head(a), t) for a, t, m in zip(h, target, mask) if m]
+        by_hand.append(sum(terms) / len(terms))
+    assert [int(m.sum()) for m in rows["mask"]] == [2, 4, 3]  # rows differ, so the two means differ
+    loss, right = vla.answer_loss(hidden, rows, TEXT)
+    torch.testing.assert_close(loss, sum(by_hand) / 3)
+    hits = vla.text_head(hidden).argmax(-1) == rows["targets"]
+    torch.testing.assert_close(right, hits[rows["mask"]].float().mean())
+    narrow, _ = vla.answer_loss(hidden, rows, TEXT, soft=1e-3)  # a Gaussian of no width: one-hot
+    torch.testing.assert_close(narrow, loss)
+
+
+def test_adopt_names_fresh_tensors_and_refuses_misshapen_ones(vla):
+    heir = VLA(VLAConfig(**{**vla.config.__dict__, "latent_vocab": 0}))
+    source = {k: w for k, w in vla.state_dict().items() if not k.startswith("action_")}
+    assert heir.adopt(source) == ["action_embed.weight", "action_head.weight"]
+    assert torch.equal(heir.layers[1].w2.weight, vla.layers[1].w2.weight)
+    assert heir.adopt(vla.state_dict()) == []
+    for name, wrong in (("layers.0.wq.weight", torch.zeros(32, 31)), ("stray", torch.zeros(1))):
+        with pytest.raises(ValueError, match=name):
+            heir.adopt({**source, name: wrong})
+    del source["norm.weight"]
+    with pytest.raises(ValueError, match="missing: norm.weight"):
+        heir.adopt(source)

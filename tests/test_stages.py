@@ -1,0 +1,327 @@
+"""The stages' own command lines, end to end on a budget of two steps, and what they refuse; what
+they share (options, checkpoints, resuming); the repository's own rules."""
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import common
+import evaluate
+import finetune
+import pretrain
+import quantize
+from conftest import ROOT
+
+SHORT = "--preset tiny --steps 2 --batch 8 --log_every 1"
+PRETRAIN = f"pretrain.py {SHORT} --data DIR/table --held_out 2 --init_from DIR/base"
+FINETUNE = f"finetune.py {SHORT} --held_out 2 --labelled 6 --validate 0.4 --data DIR/table"
+LAQ = "--laq DIR/laq --data DIR/table"
+WAVES = [  # what stands in one wave runs side by side
+    {"table": "data.py tabletop DIR/table --episodes 12",
+     "scenes": "data.py tabletop DIR/scenes --scenes 200 --seed 2"},
+    {"check": "data.py check DIR/table",
+     "laq": f"quantize.py {SHORT} --data DIR/table --out DIR/laq --held_out 2",
+     "base": f"pretrain.py {SHORT} --labels caption --data DIR/scenes --out DIR/base --held_out 1"},
+    {"label": f"quantize.py label {LAQ} --out DIR/labels",
+     "report": f"quantize.py report {LAQ} --out DIR/report --held_out 2",
+     "latent": f"{PRETRAIN} --labels latent --laq DIR/laq --out DIR/latent",
+     "action": f"{PRETRAIN} --labels action --out DIR/action",
+     "idm": f"{PRETRAIN} --labels idm --labelled 6 --idm_steps 2 --out DIR/idm"},
+    {"LAPA": f"{FINETUNE} --init_from DIR/latent --out DIR/LAPA",
+     "SCRATCH": f"{FINETUNE} --init_from DIR/base --out DIR/SCRATCH",
+     "ACTIONVLA": f"{FINETUNE} --init_from DIR/action --out DIR/ACTIONVLA"},
+    {"evaluate": "evaluate.py --policies LAPA=DIR/LAPA,SCRATCH=DIR/SCRATCH,RANDOM=random,"
+                 "EXPERT=expert --out DIR/evaluate --episodes 5 --batch 3 --film 2 --max_steps 5"},
+    {"means": "evaluate.py table --results DIR/evaluate/results.json --out DIR/means/table.md"}]
+COMMANDS = {name: line for wave in WAVES for name, line in wave.items()}
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory, start):
+    """-> the folder of all runs, and {name: finished process}"""
+    folder, done = tmp_path_factory.mktemp("runs"), {}
+    work = lambda line: start(*line.replace("DIR", str(folder)).split())
+    with ThreadPoolExecutor(2) as pool:
+        for wave in WAVES:
+            done.update(zip(wave, pool.map(work, wave.values())))
+    return folder, done
+
+
+def weights(run, file="model.safetensors", read=load_file):
+    return read(common.find_checkpoint(run, "test") / file)
+
+
+# ---------------------------------------------------------------- every stage, once
+@pytest.mark.parametrize("name", COMMANDS)
+def test_command_succeeds_and_writes_what_it_says(runs, name):
+    done = runs[1][name]
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert {"check": "no defects"}.get(name, "wrote") in done.stdout
+    for line in done.stdout.splitlines():
+        for path in line.split(":")[0][6:].split(", ") if line.startswith("wrote ") else ():
+            assert Path(path).exists(), path
+
+
+def finite(value):
+    """Every number in nested lists and dictionaries is finite"""
+    if isinstance(value, (list, dict)):
+        return all(map(finite, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, float) or np.isfinite(value)
+
+
+@pytest.mark.parametrize("path, keys", [
+    ("laq/report", "pairs codes_used perplexity psnr_above_copy psnr_lost_by_shuffling probe_r2"),
+    ("report/report", "pairs psnr probe_r2_shuffled"), ("laq/summary", "seconds"),
+    ("base/summary", "loss val_loss"), ("latent/summary", "loss val_loss accuracy"),
+    ("action/summary", "loss"), ("idm/summary", "loss"), ("LAPA/summary", "loss best_val_loss"),
+    ("SCRATCH/summary", "loss"), ("evaluate/results", "arms options")])
+def test_figures_are_there_and_finite(runs, path, keys):
+    found = json.loads((runs[0] / f"{path}.json").read_text())
+    assert set(keys.split()) <= found.keys() and finite(found)
+
+
+def test_pictures_film_and_labels(runs):
+    for path in ("laq/atlas.png", "laq/reconstructions.png", "report/atlas.png"):
+        with Image.open(runs[0] / path) as picture:
+            assert picture.width > 200 and picture.convert("L").getextrema()[0] < 128
+    with Image.open(runs[0] / "evaluate/rollouts.gif") as film:
+        assert film.n_frames == 5 + 1  # max_steps, and the start
+    rows = [json.loads(x) for x in (runs[0] / "table/episodes.jsonl").read_text().splitlines()]
+    labels, again = (np.load(runs[0] / p / "labels.npy") for p in ("laq/labels", "labels"))
+    assert labels.shape == (sum(r["frames"] for r in rows), 4) and labels.max() < 8
+    assert np.array_equal(labels, again)  # by the run and by the command
+
+
+def test_finetuning_inherits_the_body_and_keeps_vision_frozen(runs):
+    base, latent, policy, action, kept = (weights(runs[0] / n) for n in (
+        "base", "latent", "LAPA", "action", "ACTIONVLA"))
+    for name in ("patch_embed.weight", "patch_position"):
+        assert torch.equal(base[name], latent[name]) and torch.equal(base[name], policy[name])
+    heads = lambda tensors: {name for name in tensors if name.endswith("n_head.weight")}
+    assert "latent_head.weight" in latent and "latent_head.weight" not in policy
+    assert heads(policy) == {"action_head.weight"} and not heads(latent)
+    for a, b, name in ((latent, policy, "norm.weight"), (action, kept, "action_head.weight")):
+        assert 0 < (a[name] - b[name]).abs().max() < 5e-3  # two small steps, not a new tensor
+    bins = [weights(runs[0] / n, "config.json", lambda p: json.loads(p.read_text())["bins"])
+            for n in ("action", "ACTIONVLA", "LAPA")]
+    assert bins[0] == bins[1] != bins[2]  # ACTIONVLA keeps its bins with its head
+
+
+def test_evaluation_counts_every_policy_and_split(runs, inside, tmp_path):
+    arms = json.loads((runs[0] / "evaluate/results.json").read_text())["arms"]
+    assert list(arms) == ["LAPA", "SCRATCH", "RANDOM", "EXPERT"]
+    for row in (arm[split] for arm in arms.values() for split in ("seen", "unseen")):
+        p = row["success"] / 100
+        assert row["n"] == 5 == sum(f["n"] for f in row["families"].values())
+        assert row["se"] == pytest.approx(100 * (p * (1 - p) / 5) ** 0.5, abs=0.01)
+    assert inside("evaluate.py", "--policies", "E=expert", "--out", tmp_path, "--episodes", 40,
+                  "--film", 0) == 0
+    arm = json.loads((tmp_path / "results.json").read_text())["arms"]["E"]
+    assert arm["seen"]["success"] == arm["unseen"]["success"] == 100
+
+
+def test_table_of_seeds_by_hand(inside, tmp_path):
+    for seed, won in enumerate((50.0, 60.0, 70.0)):
+        arms = {"LAPA_human": {"seen": {"success": won, "n": 200, "se": 3.5}}}
+        (tmp_path / f"{seed}.json").write_text(json.dumps({"arms": arms}))
+    files = ",".join(str(tmp_path / f"{seed}.json") for seed in range(3))
+    assert inside("evaluate.py", "table", "--results", files, "--out", tmp_path / "t.md") == 0
+    assert "| LAPA human | 60.0 ± 5.8 | 600 |" in (tmp_path / "t.md").read_text()
+
+
+# ---------------------------------------------------------------- refusals
+@pytest.fixture(scope="session")
+def broken(runs, tmp_path_factory):
+    """Variants of the runs' output that a stage must not accept"""
+    bad = tmp_path_factory.mktemp("broken") / "all"
+    shutil.copytree(runs[0], bad)
+    path = common.find_checkpoint(bad / "laq", "laq") / "model.safetensors"
+    save_file({k: w + 1e-3 for k, w in load_file(path).items()}, path)  # the labels stay
+    path = common.find_checkpoint(bad / "LAPA", "policies") / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    for path in (bad / "table/actions").iterdir():
+        np.save(path, np.load(path)[:, [0, 1, 0]])
+    for folder, change in (("labels", {"window": 1.2}), ("laq/labels", {"dataset": "0" * 12})):
+        labels = json.loads((bad / folder / "labels.json").read_text())
+        (bad / folder / "labels.json").write_text(json.dumps({**labels, **change}))
+    return bad
+
+
+REFUSALS = [
+    ("quantize.py --dta DIR/table --out OUT", "--dta"),
+    (f"quantize.py {SHORT} --data DIR/none --out OUT", "DIR/none"),
+    (f"quantize.py {SHORT} --data DIR/table --out OUT --held_out 12", "nothing left"),
+    (f"quantize.py {SHORT} --data DIR/table --out OUT --code_len 3", "code_len"),
+    (f"{PRETRAIN} --laq DIR/none --out OUT", "--laq DIR/none"),
+    (f"{PRETRAIN} --labels guess --out OUT", "--labels 'guess'"),
+    (f"{PRETRAIN} --laq BAD/laq --latents DIR/labels --out OUT", "label again"),  # another LAQ's
+    (f"{PRETRAIN} --laq DIR/laq --latents BAD/labels --out OUT", "window"),
+    (f"{PRETRAIN} --laq DIR/laq --latents BAD/laq/labels --out OUT", "another dataset"),
+    (f"{PRETRAIN} --labels caption --out OUT", "field captions"),
+    (f"{PRETRAIN} --labels action --out OUT --dim 64", "--dim 64"),
+    (f"{FINETUNE} --init_from DIR/none --out OUT", "--init_from DIR/none"),
+    (f"{FINETUNE} --init_from DIR/laq --out OUT", "--init_from DIR/laq"),
+    (f"{FINETUNE} --init_from DIR/action --out OUT --data BAD/table", "width 3"),
+    (f"{FINETUNE} --init_from DIR/base --out OUT --data DIR/scenes", "field actions"),
+    (f"{FINETUNE} --init_from DIR/base --out OUT --labelled 99", "99 labelled"),
+    ("evaluate.py --policies A=expert,B=DIR/none --out OUT", "DIR/none"),
+    ("evaluate.py --policies A=DIR/latent --out OUT", "DIR/latent"),
+    ("evaluate.py --policies A=BAD/LAPA --out OUT", "BAD/LAPA"),
+    ("evaluate.py --policies A=expert --splits hidden --out OUT", "hidden"),
+    ("evaluate.py table --results DIR/none --out OUT", "--results DIR/none"),
+    ("data.py tabletop OUT --look grey", "look"), ("data.py tabletop DIR/table", "table exists")]
+
+
+@pytest.mark.parametrize("line, words", REFUSALS, ids=[words for _, words in REFUSALS])
+def test_refusal(runs, broken, inside, capsys, tmp_path, line, words):
+    for name, folder in (("DIR", runs[0]), ("BAD", broken), ("OUT", tmp_path / "out")):
+        line, words = line.replace(name, str(folder)), words.replace(name, str(folder))
+    assert inside(*line.split()) == 2
+    said = capsys.readouterr().err
+    assert said.count("error: ") == 1 and words in said and len(said) < 2000
+    assert list(tmp_path.iterdir()) == []  # nothing half-written
+
+
+@pytest.mark.parametrize("name", ["laq", "latent", "LAPA"])
+def test_a_finished_run_is_not_overwritten_nor_continued_as_another(runs, inside, capsys, name):
+    files = lambda: {p: p.stat().st_mtime_ns for p in (runs[0] / name).rglob("*")}
+    line, before = COMMANDS[name].replace("DIR", str(runs[0])).split(), files()
+    for more, words in (((), "--resume"), (("--resume", "true", "--seed", 5), "seed")):
+        assert inside(*line, *more) == 2
+        said = capsys.readouterr().err
+        assert words in said and len(said) < 2000 and files() == before
+
+
+def test_errors_end_a_process_with_code_2_and_one_line(start, tmp_path):
+    done = start("quantize.py", "--data", tmp_path / "none", "--out", tmp_path / "out")
+    assert done.returncode == 2 and done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------- options
+@dataclass(kw_only=True)
+class Options:
+    out: str  # where to write
+    preset: str = "small"  # named size
+    steps: int = 10  # how many steps
+    rate: float = 0.5  # learning rate,
+                       # at its peak
+    resume: bool = False  # continue
+
+
+PRESETS = {"small": {"steps": 3}, "large": {"steps": 1000, "rate": 0.1}}
+
+
+def parse(line):
+    return common.parse_options(Options, line.split(), PRESETS)
+
+
+@pytest.mark.parametrize("line, words", [
+    ("--out x --speed 3", "--speed"), ("--out x --steps 1.5", "--steps '1.5'"),
+    ("--out x --rate fast", "--rate 'fast'"), ("--out x --resume maybe", "--resume 'maybe'"),
+    ("--out x --steps", "--steps needs a value"), ("--out --steps 3", "--out needs a value"),
+    ("--steps 3", "--out is required"), ("--out x --preset huge", "--preset 'huge'"), ("x", "'x'"),
+    ("--out x --steps -3", "--steps '-3'"), ("--out x --rate nan", "--rate 'nan'")])
+def test_wrong_options_are_refused_by_name(capsys, line, words):
+    with pytest.raises(SystemExit) as stop:
+        parse(line)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.startswith("error: ") and words in said
+    assert said.count("\n") == 1
+
+
+def test_named_options_beat_the_preset_which_beats_the_defaults():
+    options, given = parse("--preset large --rate=2e-1 --out a=b --resume yes")
+    assert options == Options(out="a=b", preset="large", steps=1000, rate=0.2, resume=True)
+    assert given == {"preset", "rate", "out", "resume"}
+    assert parse("--out x")[0].steps == 3 and parse("--out x --steps 1_000")[0].steps == 1000
+    values = [parse(f"--out x --resume {word}")[0].resume for word in ("true", "1", "False", "no")]
+    assert values == [True, True, False, False]
+
+
+def test_help_lists_every_option_with_its_comment(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("--help")
+    said = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0
+    for words in ("--out required where to write", "--rate 0.5 learning rate, at its peak",
+                  "--resume False continue", "preset large: --steps 1000 --rate 0.1"):
+        assert words in said
+
+
+@pytest.mark.parametrize("module", [quantize, pretrain, finetune, evaluate])
+def test_help_of_the_stages(module, inside, capsys):
+    cls = getattr(module, module.__name__.capitalize() + "Config")
+    assert inside(f"{module.__name__}.py", "--help") == 0
+    said, names = capsys.readouterr().out, {f.name for f in fields(cls)}
+    for name in names:
+        assert f"  --{name} " in said and common.option_help(cls)[name] in said, name
+    for preset, values in getattr(module, "PRESETS", {}).items():
+        assert f"preset {preset}:" in said and values.keys() <= names
+
+
+# ---------------------------------------------------------------- checkpoints and resuming
+def test_checkpoints_are_whole_pointed_at_and_pruned(tmp_path, capsys):
+    out = tmp_path / "run"
+    (out / ".draft.1").mkdir(parents=True)  # what a killed process leaves
+    for step, best in ((1, False), (2, True), (3, False), (4, False)):
+        common.save_checkpoint(out, step, {"w": torch.full((2,), step)}, {"stage": "quantize"},
+                               {"words.json": "[]"}, {"n": step}, best)
+        assert common.find_checkpoint(out, "laq").name == f"step_0000000{min(step, 2)}"
+    assert sorted(p.name for p in out.iterdir()) == [".draft.1", "best", "latest", "step_00000002",
+                                                     "step_00000004"]  # best and latest alone
+    for path, step in ((out, 2), (out / "step_00000004", 4)):
+        tensors, meta = common.load_checkpoint(path, "laq", ("quantize",))
+        assert tensors["w"].tolist() == [step, step] and meta["step"] == step
+    assert (out / "step_00000004/words.json").read_text() == "[]"
+
+    def refused(words, stage=("quantize",)):
+        with pytest.raises(SystemExit) as stop:
+            common.load_checkpoint(out, "laq", stage)
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and f"--laq {out}" in said and words in said
+    refused("'quantize', expected finetune", ("finetune",))
+    (out / "step_00000002/config.json").write_text("{")
+    refused("unreadable")
+    shutil.rmtree(out / "step_00000002")
+    refused("no checkpoint")
+
+
+@pytest.mark.parametrize("line", [
+    "quantize.py --data DIR/table --held_out 2 --preset tiny", f"{PRETRAIN} --laq DIR/laq",
+    f"{FINETUNE} --init_from DIR/latent --validate 0"], ids=lambda line: line.split(".")[0])
+def test_resuming_changes_nothing(runs, inside, tmp_path, line):
+    """4 steps in one go equal a run that was killed after its checkpoint of step 2 and resumed."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    line = line.replace("DIR", str(runs[0])).split() + \
+        "--steps 4 --batch 8 --save_every 2 --log_every 1 --resume true --out".split()
+    whole.mkdir()
+    (whole / "best").write_text("step_00000002\n")  # keeps this checkpoint from being pruned
+    assert inside(*line, whole) == 0
+    shutil.copytree(whole / "step_00000002", killed / "step_00000002")
+    shutil.copy(whole / "metrics.jsonl", killed)  # it had logged more than it had saved
+    (killed / "latest").write_text("step_00000002\n")
+    assert inside(*line, killed) == 0
+    early, one, two = (load_file(p / "model.safetensors") for p in (
+        whole / "step_00000002", whole / "step_00000004", killed / "step_00000004"))
+    assert any(not torch.equal(w, early[name]) for name, w in one.items())
+    assert all(torch.equal(w, two[name]) for name, w in one.items())
+    one, two = (torch.load(r / "step_00000004/training.pt")["optimizer"] for r in (whole, killed))
+    for key, state in one["state"].items():
+        assert all(torch.equal(v, two["state"][key][k]) for k, v in state.items())
+    log = [json.loads(x)["step"] for x in (killed / "metrics.jsonl").read_text().splitlines()]
+    assert log == [1, 2, 3, 4]
+
+
+def test_product_files_are_short():
+    lines = {path.name: path.read_text().splitlines() for path in ROOT.glob("*.py")}
+    assert max(map(len, lines.values())) <= 700 and sum(map(len, lines.values())) <= 3500
+    assert [f"{name}:{n}" for name, text in lines.items()
+            for n, line in enumerate(text, 1) if len(line) > 100] == []
