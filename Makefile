@@ -51,10 +51,14 @@ quantize: $(OUT)/quantize/summary.json
 $(OUT)/quantize/summary.json: $(DATA)/episodes.jsonl | .venv/ready
 	$(RUN) quantize.py --data $(DATA) --out $(OUT)/quantize $(SAME) $(call named,quantize)
 
+# What a pretrained vision-language model would know: first to describe, then also to locate.
 base: $(OUT)/base/summary.json
-$(OUT)/base/summary.json: data/scenes/episodes.jsonl | .venv/ready
-	$(RUN) pretrain.py --labels caption --data data/scenes --out $(OUT)/base $(SAME) \
-	  --held_out 5 --steps 1200 --lr 1.5e-3 $(call named,base)
+CAPTION = $(RUN) pretrain.py --labels caption --data data/scenes --held_out 8 --lr 1.5e-3 $(SAME)
+$(OUT)/captions/summary.json: data/scenes/episodes.jsonl | .venv/ready
+	$(CAPTION) --out $(OUT)/captions --where task=describe --steps 350 --final_lr 1
+$(OUT)/base/summary.json: $(OUT)/captions/summary.json
+	$(CAPTION) --out $(OUT)/base --init_from $(OUT)/captions --freeze_vision false --steps 700 \
+	  $(call named,base)
 
 pretrain: $(OUT)/pretrain/summary.json
 $(OUT)/pretrain/summary.json: $(OUT)/quantize/summary.json $(if $(BASE),$(BASE)/summary.json)

@@ -366,6 +366,19 @@ def stream(make, start, stop, workers=1, ahead=3):
             yield waiting.popleft().result()
 
 
+def random_shift(pictures, share):
+    """Move the pictures of each row [B, .., H, W] by one random offset of up to `share` of their
+    size, edges replicated: every frame of a pair moves alike."""
+    B, H, W = len(pictures), *pictures.shape[-2:]
+    def shifted(length):
+        most = int(share * length)
+        offset = torch.randint(-most, most + 1, (B, 1))
+        return (torch.arange(length) + offset).clamp(0, length - 1).to(pictures.device)
+    at = torch.arange(B, device=pictures.device)[:, None, None]
+    moved = pictures.movedim((-2, -1), (1, 2))[at, shifted(H)[:, :, None], shifted(W)[:, None]]
+    return moved.movedim((1, 2), (-2, -1))
+
+
 # ------------------------------------------------------------------------ latent labels
 
 
@@ -481,6 +494,11 @@ def read_tokenizer(path):
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing more precise
         fail(f"{path}: no tokenizer: {error}")
+
+
+def opening_tag(tokenizer, kind):
+    """Token ids of the tag behind which answers of a vocabulary begin"""
+    return tokenizer.encode(TAGS[kind][0], add_special_tokens=False).ids
 
 
 class Sequences:
@@ -609,16 +627,23 @@ def _episodes(o, draft):
 
 
 def _scenes(o, draft):
-    """Still scenes, 100 to an `episode`, with a caption each: what a pretrained VLM knows"""
+    """Still scenes, 100 to an `episode`: what a pretrained vision-language model knows.  Half of
+    them are described, in the other half one thing is located, in either kind of tags."""
     for part in range(-(-o.scenes // 100)):
         embodiment = ("robot", "human")[part % 2]
+        task, tags = ("describe", "locate")[part // 2 % 2], TAGS[(LATENT, ACTION)[part // 4 % 2]]
+        thing = tabletop.THINGS[part // 8 % len(tabletop.THINGS)]
         env = tabletop.TableTop(100, embodiment, o.look, size=o.size)
         obs, _ = env.reset((o.seed, part))
         name = f"scene_{part:05d}"
         np.save(draft / "videos" / f"{name}.npy", obs["image"])
-        yield {"id": name, "instruction": "describe the table", "video": f"videos/{name}.npy",
-               "fps": 1, "frames": 100, "embodiment": embodiment,
-               "captions": env.captions(np.random.default_rng((o.seed, part)))}
+        if task == "describe":
+            said, captions = "describe the table", env.captions(np.random.default_rng((o.seed, part)))
+        else:
+            said = f"where is the {thing}"
+            captions = [f"{tags[0]} {spot} {tags[1]}" for spot in env.locate(thing)]
+        yield {"id": name, "instruction": said, "video": f"videos/{name}.npy", "fps": 1,
+               "frames": 100, "embodiment": embodiment, "task": task, "captions": captions}
 
 
 def main(argv):

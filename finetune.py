@@ -34,6 +34,8 @@ class FinetuneConfig:
     soft_bins: float = 0.0  # width, in bins, of a Gaussian around the true bin (paper 0: one-hot)
     binary: str = ""  # dimensions with two values (grippers), e.g. 6
     freeze_vision: bool = True  # paper 3.2
+    shift: float = 0.0  # random shift of pictures, as a share of them
+    like_tag: bool = False  # fresh input tables start as the answer's opening tag (official: random)
     steps: int = 2000  # paper: real robot; SIMPLER 500
     batch: int = 128  # rows a step, over all processes
     lr: float = 2e-5  # AdamW 0.9/0.95, constant, no weight decay (code)
@@ -49,8 +51,9 @@ class FinetuneConfig:
 
 PRESETS = {
     "tiny": dict(labelled=50, soft_bins=8.0, steps=150, batch=64, lr=3e-4, head_lr=4.0, warmup=10,
-                 final_lr=0.1),
-    "base": dict(soft_bins=8.0, lr=1e-4, head_lr=4.0, warmup=50, final_lr=0.1),
+                 final_lr=0.1, shift=0.0625, like_tag=True),
+    "base": dict(soft_bins=8.0, lr=1e-4, head_lr=4.0, warmup=50, final_lr=0.1, shift=0.0625,
+                 like_tag=True),
     "lapa": {},
 }
 
@@ -80,12 +83,12 @@ def build_model(c, few, processes):
     bins = meta["model"]["action_vocab"] or c.bins
     torch.manual_seed(c.seed)
     model = VLA(VLAConfig(**{**meta["model"], "latent_vocab": 0, "action_vocab": bins}))
-    fresh = model.adopt(weights)
+    tokenizer = data.read_tokenizer(common.find_checkpoint(c.init_from, "init_from")
+                                    / "tokenizer.json")
+    fresh = model.adopt(weights, data.opening_tag(tokenizer, ACTION) if c.like_tag else ())
     processes.say(f"inherited {c.init_from} (pretrained on {meta['labels']} labels, step "
                   f"{meta['step']}); fresh: {', '.join(fresh) or 'nothing'}; bins a dimension: "
                   f"{', '.join(str(max(1, len(e) - 1)) for e in edges)}")
-    tokenizer = data.read_tokenizer(common.find_checkpoint(c.init_from, "init_from")
-                                    / "tokenizer.json")
     return model, edges, tokenizer, meta["template"], fresh
 
 
@@ -135,7 +138,10 @@ def train(c):
                           run.start, c.steps)
     numbers, best = {}, run.meta.get("best", float("inf")) if run.start else float("inf")
     for step in run.loop("rows"):
-        loss, right = loss_of(model, next(batches), c.soft_bins)
+        common.seed_step(c.seed, step, processes.rank)
+        batch = next(batches)
+        batch["images"] = data.random_shift(batch["images"], c.shift)
+        loss, right = loss_of(model, batch, c.soft_bins)
         loss.backward()
         norm = common.optimizer_step(optimizer, processes, c.clip,
                                      common.warmup_cosine(step, c.steps, c.warmup, c.final_lr))

@@ -36,6 +36,7 @@ class LAQConfig:
     codebook_size: int = 8
     code_len: int = 4  # codes a pair: 8^4 = 4096 latent actions
     codebook_init: float = 1.0  # standard deviation of fresh codebook entries (official 1)
+    residual: bool = False  # the decoder draws x_{t+H} - x_t (official: x_{t+H} itself)
     official_peg: bool = False  # temporal PEG takes (b h w) t d memory for b t h w d
     official_code_read: bool = False  # a (K, Q) block enters the decoder re-read as (Q, K)
     official_counting: bool = False  # the official dead-code rule, which lets a codebook collapse
@@ -313,11 +314,9 @@ class LAQ(nn.Module):
         self.quantizer = Quantizer(c)
         self.decoder = Transformer(c, c.decoder_depth, cross=True)
         self.to_pixels = nn.Linear(c.dim, pixels)
-
-    @property
-    def blocks(self):
-        """The repeated layers, for whoever shards or checkpoints activations."""
-        return [*self.spatial_encoder.layers, *self.temporal_encoder.layers, *self.decoder.layers]
+        if c.residual:  # begin with "nothing moves"
+            nn.init.zeros_(self.to_pixels.weight)
+            nn.init.zeros_(self.to_pixels.bias)
 
     def patches(self, frames):
         """[B, T, 3, H, W] -> patch embeddings [B, T, N, D]; a patch runs channel, row, column"""
@@ -334,19 +333,20 @@ class LAQ(nn.Module):
         """pair [B, 2, 3, H, W] -> d [B, K, Q], what the codes are made of"""
         return self.encode(self.patches(pair), self.position_bias())
 
-    def decode(self, first, values, bias):
-        """First frame's embeddings [B, 1, N, D], quantised d [B, K, Q] -> x_{t+H} [B, 3, H, W]"""
+    def decode(self, frame, first, values, bias):
+        """x_t [B, 3, H, W], its embeddings [B, 1, N, D], quantised d [B, K, Q] -> x_{t+H}"""
         context = self.quantizer.tokens(values)  # B K D
         x = self.to_pixels(self.decoder(first, bias, context))[:, 0]  # B N 3pp
         p, g = self.config.patch_size, self.config.grid
-        return x.unflatten(2, (3, p, p)).unflatten(1, (g, g)).permute(0, 3, 1, 4, 2, 5).flatten(
+        x = x.unflatten(2, (3, p, p)).unflatten(1, (g, g)).permute(0, 3, 1, 4, 2, 5).flatten(
             4).flatten(2, 3)
+        return frame + x if self.config.residual else x
 
     def forward(self, pair, seen=None, noise=None):
         """Training pass (paper 3.1): the MSE of the future frame drawn through NSVQ.
 
         pair [B, 2, 3, H, W] is (x_t, x_{t+H}); `seen`, of the same shape, is what the encoder looks
-        at instead (see quantize.py, common_shift); noise [B, K, Q] stands in for NSVQ's own.
+        at instead (see quantize.py); noise [B, K, Q] stands in for NSVQ's own.
         -> loss (scalar), d [B, K, Q], indices [B, K]
         """
         bias = self.position_bias()
@@ -355,7 +355,7 @@ class LAQ(nn.Module):
         indices = self.quantizer.nearest(d)
         value = self.quantizer.substitute(d, indices, noise)
         # The decoder must not shape the patch embedding: official code detaches here.
-        predicted = self.decode(tokens[:, :1].detach(), value, bias)
+        predicted = self.decode(pair[:, 0], tokens[:, :1].detach(), value, bias)
         return F.mse_loss(predicted.float(), pair[:, 1]), d, indices
 
     @torch.no_grad()
@@ -367,7 +367,7 @@ class LAQ(nn.Module):
     def imagine(self, frame, codes):
         """World model: x_t [B, 3, H, W] and codes int [B, K] -> predicted x_{t+H} [B, 3, H, W]"""
         first = self.patches(frame[:, None])
-        return self.decode(first, self.quantizer.codebook[codes], self.position_bias())
+        return self.decode(frame, first, self.quantizer.codebook[codes], self.position_bias())
 
 
 # ------------------------------------------------------------------------ stages 2 and 3: VLA
@@ -449,6 +449,17 @@ class KVCache:
         return self.k[:, :, :end], self.v[:, :, :end]
 
 
+def smooth_positions(grid, dim):
+    """Sines and cosines of a patch's place, at most one period across the image, so that places
+    close by look alike. [grid^2, dim]"""
+    period = 2 * math.pi * 10 ** (-torch.arange(dim // 4) / (dim // 4))
+    angle = torch.arange(grid)[:, None] / grid * period
+    waves = torch.cat((angle.sin(), angle.cos()), dim=1)  # grid, dim/2
+    both = torch.cat((waves.expand(grid, -1, -1), waves[:, None].expand(-1, grid, -1)), dim=2)
+    both = both.flatten(0, 1)
+    return (both - both.mean(0)) / both.std()
+
+
 class VLA(nn.Module):
     """LLaMA over four vocabularies.  Each position is embedded and scored by its own one."""
 
@@ -458,7 +469,7 @@ class VLA(nn.Module):
         self.text_embed = nn.Embedding(c.text_vocab, c.dim)
         # The vision side.  Here linear patches; the VQGAN's code table and head belong here too.
         self.patch_embed = nn.Linear(3 * c.patch_size**2, c.dim)
-        self.patch_position = nn.Parameter(0.3 * torch.randn(self.image_tokens, c.dim))
+        self.patch_position = nn.Parameter(smooth_positions(c.image_size // c.patch_size, c.dim))
         self.layers = nn.ModuleList(Block(c) for _ in range(c.layers))
         self.norm = RMSNorm(c.dim, c.rms_eps)
         self.text_head = nn.Linear(c.dim, c.text_vocab, bias=False)
@@ -470,6 +481,7 @@ class VLA(nn.Module):
             self.action_embed = nn.Embedding(c.action_vocab, c.dim)
             self.action_head = nn.Linear(c.dim, c.action_vocab, bias=False)
         self.apply(self.init_weights)
+        nn.init.normal_(self.patch_embed.weight, std=0.06)  # 0.02 takes twice as long to see
 
     @staticmethod
     def init_weights(module):
@@ -481,10 +493,6 @@ class VLA(nn.Module):
     @property
     def image_tokens(self):
         return (self.config.image_size // self.config.patch_size) ** 2
-
-    @property
-    def blocks(self):
-        return list(self.layers)
 
     def parameter_groups(self, lr, head_lr, fresh, freeze_vision):
         """Optimizer groups: `fresh` heads and tables at head_lr x lr, the body at lr; on demand the
@@ -571,13 +579,22 @@ class VLA(nn.Module):
         loss = (losses / count[row]).sum() / (count > 0).sum().clamp(min=1)
         return loss, (logits.argmax(-1) == target).float().mean()
 
-    def adopt(self, weights):
+    def adopt(self, weights, like=()):
         """Take over another model's tensors by name; latent and action tables and heads that it
-        does not have stay fresh, those this model lacks are dropped.  -> fresh names"""
+        does not have stay fresh, those this model lacks are dropped.  -> fresh names
+
+        like: text tokens; the rows of a fresh table begin near the mean of their embeddings, which
+        the body can already read (empty: near zero, as official).
+        """
         own = ("latent_", "action_")
         fresh = [n for n in self.state_dict() if n.startswith(own) and n not in weights]
         shed = [n for n in weights if n.startswith(own) and n not in self.state_dict()]
         load_strictly(self, {n: w for n, w in weights.items() if n not in shed}, fresh)
+        if like:
+            with torch.no_grad():
+                for name in fresh:
+                    if name.endswith("_embed.weight"):
+                        self.get_parameter(name).add_(self.text_embed.weight[like].mean(0))
         return fresh
 
     @torch.no_grad()

@@ -45,6 +45,8 @@ class PretrainConfig(VLAConfig):
     where: str = ""  # keep episodes with these fields
     held_out: int = 50  # episodes kept for validation
     template: str = "{instruction}"  # text around the instruction
+    shift: float = 0.0  # latent and action labels: random shift of pictures, as a share of them
+    like_tag: bool = False  # fresh input tables start as the answer's opening tag (official: random)
     steps: int = 70_000  # paper, Open-X
     batch: int = 128  # rows a step, over all processes (paper 128, code 256)
     lr: float = 2e-5  # AdamW 0.9/0.95, constant, no weight decay (code)
@@ -67,9 +69,11 @@ class PretrainConfig(VLAConfig):
 
 PRESETS = {
     "tiny": dict(dim=128, layers=4, heads=4, mlp=344, rope_theta=1e4, steps=600, batch=64,
-                 lr=4e-4, head_lr=4.0, warmup=30, final_lr=0.1, soft_bins=8.0, save_every=300),
+                 lr=8e-4, head_lr=2.0, warmup=30, final_lr=0.1, soft_bins=8.0, shift=0.0625,
+                 like_tag=True, save_every=350),
     "base": dict(dim=768, layers=12, heads=12, mlp=2048, rope_theta=1e4, image_size=128,
-                 steps=20_000, lr=3e-4, head_lr=4.0, warmup=300, final_lr=0.1, soft_bins=8.0),
+                 steps=20_000, lr=3e-4, head_lr=2.0, warmup=300, final_lr=0.1, soft_bins=8.0,
+                 shift=0.0625, like_tag=True),
     "lapa": dict(template="You are a helpful assistant. USER: What action should the robot take to "
                           "`{instruction}` ASSISTANT:"),
 }
@@ -128,7 +132,7 @@ def train_inverse_dynamics(c, processes, few):
         common.seed_step(c.seed, step)
         which = data.draw(c.seed, step, 64, lengths)
         pair = data.to_float(np.stack([few[e].frames[t:t + 2] for e, t in which]))
-        pair = quantize.common_shift(pair.to(processes.device), 0.25)  # same motion, same label
+        pair = data.random_shift(pair.to(processes.device), 0.25)  # same motion, same label
         target = torch.from_numpy(np.stack([few[e].actions[t] for e, t in which])).to(pair.device)
         guess = idm["head"](encoder.difference(pair).flatten(1))
         loss = ((guess - (target - scale[0]) / scale[1]) ** 2).mean()
@@ -151,7 +155,7 @@ def answers_for(c, processes, dataset, train_set, held_out):
     elif c.labels == "latent":
         answers, kept = data.load_labels(c.latents or Path(c.laq) / "labels", dataset, both)
         mark = common.fingerprint(common.find_checkpoint(c.laq, "laq"))
-        window = quantize.load_laq(c.laq)[1]["window"]
+        window = common.load_checkpoint(c.laq, "laq", ("quantize",))[1]["window"]
         if kept["window"] != window:
             common.fail(f"{c.latents or c.laq + '/labels'}/labels.json: made with a window of "
                         f"{kept['window']} s, --laq {c.laq} has {window} s")
@@ -185,7 +189,7 @@ def answers_for(c, processes, dataset, train_set, held_out):
 def build_model(c, given, kind, dataset, processes):
     """A fresh VLA, or one that inherits --init_from's shape and weights -> model, tokenizer, names
     of fresh tensors"""
-    vocabularies = {"latent_vocab": c.latent_vocab if kind == LATENT else 0,
+    vocabularies = {"latent_vocab": c.latent_vocab,
                     "action_vocab": c.bins if kind == ACTION else 0}
     if not c.init_from:
         tokenizer = data.dataset_tokenizer(dataset)
@@ -193,14 +197,14 @@ def build_model(c, given, kind, dataset, processes):
         shape.update(vocabularies, text_vocab=tokenizer.get_vocab_size())
         return VLA(VLAConfig(**shape)), tokenizer, []
     weights, meta = common.load_checkpoint(c.init_from, "init_from", ("pretrain",))
+    tokenizer = data.read_tokenizer(common.find_checkpoint(c.init_from, "init_from")
+                                    / "tokenizer.json")
     shape = {**meta["model"], **vocabularies}
     for name in sorted(given & shape.keys() - vocabularies.keys()):
         if getattr(c, name) != shape[name]:
             common.fail(f"--{name} {getattr(c, name)}: --init_from {c.init_from} has {shape[name]}")
-    tokenizer = data.read_tokenizer(common.find_checkpoint(c.init_from, "init_from")
-                                    / "tokenizer.json")
     model = VLA(VLAConfig(**shape))
-    fresh = model.adopt(weights)
+    fresh = model.adopt(weights, data.opening_tag(tokenizer, kind) if c.like_tag else ())
     processes.say(f"inherited {c.init_from} (step {meta['step']}); fresh: {', '.join(fresh)}")
     return model, tokenizer, fresh
 
@@ -222,17 +226,15 @@ def train(c, given):
         common.fail("--labels latent needs --laq, the quantize run that made them")
     processes, kind = common.Processes(), KINDS[c.labels]
     mine = processes.share(c.batch)
-    if c.labels == "latent":
-        _, laq = quantize.load_laq(c.laq)
-        c.latent_vocab = laq["model"]["codebook_size"]
     if c.init_from:
         c.image_size = common.load_checkpoint(c.init_from, "init_from", ("pretrain",))[1][
             "model"]["image_size"]
     dataset = data.open_dataset(c.data, c.image_size, c.where, actions_needed=c.labels == "action")
     train_set, held_out = dataset.split(c.held_out)
+    answers, held_answers, kept = answers_for(c, processes, dataset, train_set, held_out)
+    c.latent_vocab = kept.get("codebook_size", 0)
     torch.manual_seed(c.seed)
     model, tokenizer, fresh = build_model(c, given, kind, dataset, processes)
-    answers, held_answers, kept = answers_for(c, processes, dataset, train_set, held_out)
     run = common.Run(c, processes, "pretrain",
                      {"data": dataset.fingerprint, "where": c.where, "labels": c.labels,
                       "laq": kept.get("laq"), "window": kept.get("window"),
@@ -257,7 +259,11 @@ def train(c, given):
                           run.start, c.steps)
     numbers = {}
     for step in run.loop("rows"):
-        loss, right = loss_of(model, next(batches), kind, c.soft_bins)
+        common.seed_step(c.seed, step, processes.rank)
+        batch = next(batches)
+        if kind != TEXT:  # wherever the camera looks, the motion is the same
+            batch["images"] = data.random_shift(batch["images"], c.shift)
+        loss, right = loss_of(model, batch, kind, c.soft_bins)
         loss.backward()
         norm = common.optimizer_step(optimizer, processes, c.clip,
                                      common.warmup_cosine(step, c.steps, c.warmup, c.final_lr))

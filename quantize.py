@@ -42,7 +42,6 @@ class QuantizeConfig(LAQConfig):
     steps: int = 100_000
     batch: int = 64  # pairs a step, over all processes
     lr: float = 1e-4  # Adam, betas 0.9/0.99, no weight decay (code)
-    adam_eps: float = 1e-8  # PyTorch's default, as official; it stalls small encoder gradients
     codebook_lr: float = 1.0  # codebook rate relative to lr
     codebook_pull: float = 0.0  # share of the way a used entry moves to its outputs' mean each step
     warmup: int = 0  # steps of linear warm-up (official 0)
@@ -57,33 +56,18 @@ class QuantizeConfig(LAQConfig):
 
 PRESETS = {
     "tiny": dict(image_size=32, patch_size=4, dim=96, spatial_depth=1, temporal_depth=1,
-                 decoder_depth=2, heads=4, dim_head=24, quant_dim=8, codebook_init=0.1, shift=0.25,
-                 shift_from=100, shift_until=300, steps=1200, batch=32, lr=2e-3, adam_eps=1e-10,
-                 codebook_lr=0.1, codebook_pull=0.2, warmup=50, final_lr=0.1, save_every=250),
+                 decoder_depth=1, heads=4, dim_head=24, quant_dim=8, codebook_init=0.1,
+                 residual=True, shift=0.25, shift_from=100, shift_until=300, steps=450, batch=64, lr=2e-3,
+                 codebook_lr=0.1, codebook_pull=0.5, warmup=50, final_lr=0.1, save_every=150),
     "base": dict(image_size=128, patch_size=16, dim=384, spatial_depth=4, temporal_depth=4,
-                 decoder_depth=4, heads=6, quant_dim=16, codebook_init=0.1, shift=0.25,
-                 shift_from=500, shift_until=2000, steps=30_000, lr=5e-4, adam_eps=1e-10,
-                 codebook_lr=0.1, codebook_pull=0.2, warmup=500, final_lr=0.1),
+                 decoder_depth=4, heads=6, quant_dim=16, codebook_init=0.1, residual=True,
+                 shift=0.25, shift_from=500, shift_until=2000, steps=30_000, lr=5e-4,
+                 codebook_lr=0.1, codebook_pull=0.5, warmup=500, final_lr=0.1),
     "lapa": {},
 }
 
 
 # ------------------------------------------------------------------------ training
-
-
-def common_shift(pair, share):
-    """Move both frames of each pair by one random offset, edges replicated. [B, 2, 3, H, W]
-
-    The encoder sees the shifted pair while the decoder redraws the unshifted one: a code that names
-    a place in the picture is then useless, a code that names a motion is not.  Not in the paper.
-    """
-    B, _, _, H, W = pair.shape
-    def shifted(length):
-        offset = torch.randint(-int(share * length), int(share * length) + 1, (B, 1))
-        return (torch.arange(length) + offset).clamp(0, length - 1).to(pair.device)
-    at = torch.arange(B, device=pair.device)[:, None, None]
-    rows, columns = shifted(H)[:, :, None], shifted(W)[:, None, :]
-    return pair.permute(0, 3, 4, 1, 2)[at, rows, columns].permute(0, 3, 4, 1, 2)
 
 
 def replacement_due(step):
@@ -100,10 +84,10 @@ def official_replacement_due(step):
 def train_step(model, optimizer, processes, c, step, pair):
     """One optimization step on pairs [B, 2, 3, H, W] in [0, 1].  -> loss, norm, codes used"""
     common.seed_step(c.seed, step, processes.rank)
-    # The decoder first has to learn that codes help at all; place-bound ones get it there.
+    # Codes first have to help the decoder at all: the shift grows once they begin to.
     grown = (step - c.shift_from + 1) / max(1, c.shift_until - c.shift_from)
     share = c.shift * min(1.0, max(0.0, grown))
-    seen = common_shift(pair, share) if share else None
+    seen = data.random_shift(pair, share) if share else None
     loss, d, indices = model(pair, seen)
     loss.backward()
     scale = common.warmup_cosine(step, c.steps, c.warmup, c.final_lr)
@@ -120,7 +104,7 @@ def make_optimizer(model, c):
     rest = [p for p in model.parameters() if p is not codebook]
     return common.make_optimizer([{"params": rest, "lr": c.lr},
                                   {"params": [codebook], "lr": c.lr * c.codebook_lr}],
-                                 torch.optim.Adam, betas=(0.9, 0.99), eps=c.adam_eps)
+                                 torch.optim.Adam, betas=(0.9, 0.99))
 
 
 def train(c):

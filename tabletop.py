@@ -18,6 +18,7 @@ import numpy as np
 COLORS = {"red": (214, 62, 58), "blue": (58, 108, 208), "green": (62, 158, 84),
           "yellow": (236, 186, 52)}
 BLOCKS = ("red circle", "blue square", "green triangle", "yellow star")
+THINGS = ("tip", *BLOCKS)
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 PLACES = {"left side": (0, None), "right side": (1, None), "top side": (None, 0),
           "bottom side": (None, 1), "top left corner": (0, 0), "top right corner": (1, 0),
@@ -65,9 +66,8 @@ def instruction(family, block, argument):
 
 def vocabulary():
     """Every text the table top can produce, for training a word-level tokenizer"""
-    colors = " ".join(COLORS)
-    numbers = " ".join(str(i) for i in range(CAPTION_BINS))
-    return [instruction(*task) for task in tasks()] + [f"describe the table tip {colors} {numbers}"]
+    numbers = " ".join(map(str, range(CAPTION_BINS)))
+    return [instruction(*task) for task in tasks()] + [f"describe the table where is tip {numbers}"]
 
 
 class TableTop:
@@ -232,15 +232,13 @@ class TableTop:
 
     def captions(self, rng):
         """What a vision-language model would say of each table: names and places in random order"""
-        lines = []
-        for b in range(self.batch):
-            spots = {"tip": self.tip[b], **dict(zip(COLORS, self.blocks[b]))}
-            words = []
-            for name in rng.permutation(list(spots)):
-                x, y = (np.clip(spots[name], 0, 0.999) * CAPTION_BINS).astype(int)
-                words.append(f"{name} {x} {y}")
-            lines.append(" ".join(words))
-        return lines
+        return [" ".join(f"{THINGS[i].split()[0]} {where[i]}" for i in rng.permutation(len(THINGS)))
+                for where in zip(*(self.locate(thing) for thing in THINGS))]
+
+    def locate(self, thing):
+        """Where a thing (of THINGS) is on each table, in words: "3 12" """
+        spot = self.tip if thing == "tip" else self.blocks[:, BLOCKS.index(thing)]
+        return [f"{x} {y}" for x, y in (spot.clip(0, 0.999) * CAPTION_BINS).astype(int)]
 
     def _dress(self):
         """Draw the looks of each table: colours float [B, 4, 3] in 0..255, ground [B, S, S, 3]"""

@@ -225,10 +225,10 @@ def test_window_motion_sums_the_actions_of_the_window(rows):
     assert quantize.window_motion(episode, 0.4).tolist() == expected
 
 
-def test_common_shift_moves_both_frames_alike():
+def test_random_shift_moves_both_frames_alike():
     torch.manual_seed(0)
     pair, found = torch.rand(40, 2, 3, 8, 8), set()
-    for before, after in zip(pair, quantize.common_shift(pair, 0.25)):
+    for before, after in zip(pair, data.random_shift(pair, 0.25)):
         padded = np.pad(before.numpy(), ((0, 0), (0, 0), (2, 2), (2, 2)), mode="edge")
         (fit,) = [(y, x) for y in range(5) for x in range(5)
                   if np.array_equal(padded[:, :, y:y + 8, x:x + 8], after.numpy())]
