@@ -53,11 +53,11 @@ $(OUT)/quantize/summary.json: $(DATA)/episodes.jsonl | .venv/ready
 
 # What a pretrained vision-language model would know: first to describe, then also to locate.
 base: $(OUT)/base/summary.json
-CAPTION = $(RUN) pretrain.py --labels caption --data data/scenes --held_out 8 --lr 1.5e-3 $(SAME)
+CAPTION = $(RUN) pretrain.py --labels caption --data data/scenes --lr 1.5e-3 $(SAME)
 $(OUT)/captions/summary.json: data/scenes/episodes.jsonl | .venv/ready
-	$(CAPTION) --out $(OUT)/captions --where task=describe --steps 350 --final_lr 1
+	$(CAPTION) --out $(OUT)/captions --where task=describe --steps 400 --final_lr 1
 $(OUT)/base/summary.json: $(OUT)/captions/summary.json
-	$(CAPTION) --out $(OUT)/base --init_from $(OUT)/captions --freeze_vision false --steps 700 \
+	$(CAPTION) --out $(OUT)/base --init_from $(OUT)/captions --freeze_vision false --steps 900 \
 	  $(call named,base)
 
 pretrain: $(OUT)/pretrain/summary.json
@@ -82,7 +82,7 @@ $(OUT)/evaluate/results.json: $(OUT)/finetune/summary.json $(OUT)/scratch/summar
 # ------------------------------------------------------------------ the comparison
 # `make arms OUT=runs/table/seed0 SEED=0` is one seed of it.  Every arm starts from the same base and
 # is finetuned on the same labelled robot episodes; the _human arms see no robot video before that.
-ARMS   := LAPA VPT ACTIONVLA LAPA_human VPT_human ACTIONVLA_human
+ARMS   := LAPA VPT ACTIONVLA LAPA_human VPT_human
 video   = data/$(if $(findstring human,$(1)),human,tabletop)
 teacher = $(OUT)/quantize$(if $(findstring human,$(1)),-human)
 LABELS_LAPA      = --labels latent --laq $(call teacher,$(1))

@@ -496,9 +496,12 @@ def read_tokenizer(path):
         fail(f"{path}: no tokenizer: {error}")
 
 
-def opening_tag(tokenizer, kind):
-    """Token ids of the tag behind which answers of a vocabulary begin"""
-    return tokenizer.encode(TAGS[kind][0], add_special_tokens=False).ids
+def opening_tags(tokenizer):
+    """Vocabulary -> the token behind which its answers begin; refuses a tokenizer that spells it"""
+    tags = {kind: tokenizer.token_to_id(TAGS[kind][0]) for kind in (LATENT, ACTION)}
+    if None in tags.values():
+        fail("--like_tag: the tokenizer has no token for <delta> or <action>")
+    return tags
 
 
 class Sequences:
@@ -570,7 +573,7 @@ class Sequences:
 
 @dataclass
 class TabletopOptions:
-    episodes: int = 1000  # scripted episodes to record
+    episodes: int = 2000  # scripted episodes to record
     embodiment: str = "robot"  # robot or human
     look: str = "plain"  # plain or real (palette, wood grain and light drawn anew each episode)
     tasks: str = "all"  # all, seen or unseen instructions (each episode says which it is)
@@ -597,7 +600,8 @@ def make_tabletop(out, options):
         file.writelines(json.dumps(row) + "\n" for row in rows)
     train_tokenizer(tabletop.vocabulary()).save(str(draft / "tokenizer.json"))
     os.replace(draft, out)
-    print(f"wrote {out}: {len(rows)} episodes, {sum(r['frames'] for r in rows)} frames")
+    videos = {row["video"]: row["frames"] for row in rows}
+    print(f"wrote {out}: {len(rows)} episodes, {sum(videos.values())} frames")
 
 
 def _episodes(o, draft):
@@ -627,23 +631,24 @@ def _episodes(o, draft):
 
 
 def _scenes(o, draft):
-    """Still scenes, 100 to an `episode`: what a pretrained vision-language model knows.  Half of
-    them are described, in the other half one thing is located, in either kind of tags."""
-    for part in range(-(-o.scenes // 100)):
-        embodiment = ("robot", "human")[part % 2]
-        task, tags = ("describe", "locate")[part // 2 % 2], TAGS[(LATENT, ACTION)[part // 4 % 2]]
-        thing = tabletop.THINGS[part // 8 % len(tabletop.THINGS)]
+    """Still scenes, 100 to a video: what a pretrained vision-language model knows.  Each video is
+    an episode that describes the table and, for each thing on it, one that says where it is."""
+    parts = -(-o.scenes // 100)
+    for part in range(parts):
+        embodiment, tags = ("robot", "human")[part % 2], TAGS[(LATENT, ACTION)[part // 2 % 2]]
         env = tabletop.TableTop(100, embodiment, o.look, size=o.size)
         obs, _ = env.reset((o.seed, part))
-        name = f"scene_{part:05d}"
-        np.save(draft / "videos" / f"{name}.npy", obs["image"])
-        if task == "describe":
-            said, captions = "describe the table", env.captions(np.random.default_rng((o.seed, part)))
-        else:
-            said = f"where is the {thing}"
-            captions = [f"{tags[0]} {spot} {tags[1]}" for spot in env.locate(thing)]
-        yield {"id": name, "instruction": said, "video": f"videos/{name}.npy", "fps": 1,
-               "frames": 100, "embodiment": embodiment, "task": task, "captions": captions}
+        video = f"videos/scene_{part:05d}.npy"
+        np.save(draft / video, obs["image"])
+        said = [("describe the table", env.captions(np.random.default_rng((o.seed, part))))]
+        said += [(f"where is the {thing}", [f"{tags[0]} {spot} {tags[1]}"
+                                            for spot in env.locate(thing)])
+                 for thing in tabletop.THINGS]
+        for i, (instruction, captions) in enumerate(said):
+            yield {"id": f"scene_{part:05d}_{i}", "instruction": instruction, "video": video,
+                   "fps": 1, "frames": 100, "embodiment": embodiment, "captions": captions,
+                   "task": "locate" if i else "describe",
+                   "split": "val" if part >= parts - 2 else "train"}
 
 
 def main(argv):

@@ -35,7 +35,8 @@ class FinetuneConfig:
     binary: str = ""  # dimensions with two values (grippers), e.g. 6
     freeze_vision: bool = True  # paper 3.2
     shift: float = 0.0  # random shift of pictures, as a share of them
-    like_tag: bool = False  # fresh input tables start as the answer's opening tag (official: random)
+    like_tag: bool = False  # a fresh action table begins as latent actions or the tag (see VLA.adopt)
+    freeze_table: bool = False  # keep the action table: few rows only teach it to know them by heart
     steps: int = 2000  # paper: real robot; SIMPLER 500
     batch: int = 128  # rows a step, over all processes
     lr: float = 2e-5  # AdamW 0.9/0.95, constant, no weight decay (code)
@@ -50,10 +51,10 @@ class FinetuneConfig:
 
 
 PRESETS = {
-    "tiny": dict(labelled=50, soft_bins=8.0, steps=150, batch=64, lr=3e-4, head_lr=4.0, warmup=10,
-                 final_lr=0.1, shift=0.0625, like_tag=True),
+    "tiny": dict(labelled=50, soft_bins=8.0, steps=150, batch=64, lr=1e-4, head_lr=20.0, warmup=10,
+                 final_lr=0.1, shift=0.0625, like_tag=True, freeze_table=True, validate=0.0),
     "base": dict(soft_bins=8.0, lr=1e-4, head_lr=4.0, warmup=50, final_lr=0.1, shift=0.0625,
-                 like_tag=True),
+                 like_tag=True, freeze_table=True),
     "lapa": {},
 }
 
@@ -85,7 +86,7 @@ def build_model(c, few, processes):
     model = VLA(VLAConfig(**{**meta["model"], "latent_vocab": 0, "action_vocab": bins}))
     tokenizer = data.read_tokenizer(common.find_checkpoint(c.init_from, "init_from")
                                     / "tokenizer.json")
-    fresh = model.adopt(weights, data.opening_tag(tokenizer, ACTION) if c.like_tag else ())
+    fresh = model.adopt(weights, data.opening_tags(tokenizer) if c.like_tag else None)
     processes.say(f"inherited {c.init_from} (pretrained on {meta['labels']} labels, step "
                   f"{meta['step']}); fresh: {', '.join(fresh) or 'nothing'}; bins a dimension: "
                   f"{', '.join(str(max(1, len(e) - 1)) for e in edges)}")
@@ -116,6 +117,7 @@ def train(c):
                       "seed": c.seed, "batch": c.batch, "init_from": origin,
                       "model": model.config.__dict__})
     processes.shard(model)
+    model.action_embed.weight.requires_grad_(not c.freeze_table)
     groups = model.parameter_groups(c.lr, c.head_lr, fresh, c.freeze_vision)
     optimizer = common.make_optimizer(groups, betas=(0.9, 0.95), weight_decay=0.0)
     run.restore(model, optimizer)

@@ -579,22 +579,26 @@ class VLA(nn.Module):
         loss = (losses / count[row]).sum() / (count > 0).sum().clamp(min=1)
         return loss, (logits.argmax(-1) == target).float().mean()
 
-    def adopt(self, weights, like=()):
+    def adopt(self, weights, tags=None):
         """Take over another model's tensors by name; latent and action tables and heads that it
         does not have stay fresh, those this model lacks are dropped.  -> fresh names
 
-        like: text tokens; the rows of a fresh table begin near the mean of their embeddings, which
-        the body can already read (empty: near zero, as official).
+        tags: vocabulary -> the token of its opening tag.  When given, a fresh input table begins
+        where the body can already read: actions follow on latent actions, tag and all, and what
+        comes first begins as its tag.  Without it fresh rows are random, as official.
         """
         own = ("latent_", "action_")
         fresh = [n for n in self.state_dict() if n.startswith(own) and n not in weights]
         shed = [n for n in weights if n.startswith(own) and n not in self.state_dict()]
         load_strictly(self, {n: w for n, w in weights.items() if n not in shed}, fresh)
-        if like:
-            with torch.no_grad():
-                for name in fresh:
-                    if name.endswith("_embed.weight"):
-                        self.get_parameter(name).add_(self.text_embed.weight[like].mean(0))
+        for kind, name in ((LATENT, "latent_embed.weight"), (ACTION, "action_embed.weight")):
+            if tags and name in fresh:
+                with torch.no_grad():
+                    text, rows = self.text_embed.weight, self.get_parameter(name)
+                    rows[:] = text[tags[kind]]
+                    if "latent_embed.weight" in shed:
+                        text[tags[kind]] = text[tags[LATENT]]
+                        rows[:] = weights["latent_embed.weight"].mean(0)
         return fresh
 
     @torch.no_grad()

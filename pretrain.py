@@ -46,7 +46,7 @@ class PretrainConfig(VLAConfig):
     held_out: int = 50  # episodes kept for validation
     template: str = "{instruction}"  # text around the instruction
     shift: float = 0.0  # latent and action labels: random shift of pictures, as a share of them
-    like_tag: bool = False  # fresh input tables start as the answer's opening tag (official: random)
+    like_tag: bool = False  # fresh input tables begin as the opening tag does (official: random)
     steps: int = 70_000  # paper, Open-X
     batch: int = 128  # rows a step, over all processes (paper 128, code 256)
     lr: float = 2e-5  # AdamW 0.9/0.95, constant, no weight decay (code)
@@ -68,7 +68,7 @@ class PretrainConfig(VLAConfig):
 
 
 PRESETS = {
-    "tiny": dict(dim=128, layers=4, heads=4, mlp=344, rope_theta=1e4, steps=600, batch=64,
+    "tiny": dict(dim=128, layers=4, heads=4, mlp=344, rope_theta=1e4, steps=700, batch=64,
                  lr=8e-4, head_lr=2.0, warmup=30, final_lr=0.1, soft_bins=8.0, shift=0.0625,
                  like_tag=True, save_every=350),
     "base": dict(dim=768, layers=12, heads=12, mlp=2048, rope_theta=1e4, image_size=128,
@@ -204,7 +204,7 @@ def build_model(c, given, kind, dataset, processes):
         if getattr(c, name) != shape[name]:
             common.fail(f"--{name} {getattr(c, name)}: --init_from {c.init_from} has {shape[name]}")
     model = VLA(VLAConfig(**shape))
-    fresh = model.adopt(weights, data.opening_tag(tokenizer, kind) if c.like_tag else ())
+    fresh = model.adopt(weights, data.opening_tags(tokenizer) if c.like_tag else None)
     processes.say(f"inherited {c.init_from} (step {meta['step']}); fresh: {', '.join(fresh)}")
     return model, tokenizer, fresh
 
