@@ -30,18 +30,8 @@ def fail(message):
 
 def option_help(cls):
     """Field name -> the comment that stands behind it in the dataclass's source"""
-    found = {}
-    for base in reversed(cls.__mro__[:-1]):
-        name = None
-        for line in inspect.getsource(base).splitlines():
-            field = re.match(r"    (\w+): [^#]*(?:#\s*(.*))?$", line)
-            more = re.match(r"    \s+# (.*)$", line)
-            if field:
-                name = field[1]
-                found[name] = field[2] or ""
-            elif more and name:
-                found[name] += " " + more[1]
-    return found
+    source = "".join(inspect.getsource(base) for base in reversed(cls.__mro__[:-1]))
+    return dict(re.findall(r"^    (\w+): [^#\n]*(?:# *(.*))?$", source, re.MULTILINE))
 
 
 def parse_value(name, text, kind):
@@ -60,13 +50,14 @@ def parse_value(name, text, kind):
         fail(f"--{name} {text!r}: expected {expected}")
 
 
-def parse_options(cls, argv, presets=None, usage=""):
+def parse_options(cls, argv, presets=None, usage="", positional=()):
     """Command line -> dataclass `cls`, and the set of options that were named on it.
 
     Options are written `--name value` or `--name=value`.  `presets` is a table of named sizes,
     chosen by the field `preset`: named options beat the preset, which beats the defaults.
+    `positional` names those that may stand without their name, in order.
     """
-    presets = presets or {}
+    presets, positional = presets or {}, list(positional)
     kinds = typing.get_type_hints(cls)
     known = {f.name: f.default for f in dataclasses.fields(cls)}
     if "-h" in argv or "--help" in argv:
@@ -82,7 +73,9 @@ def parse_options(cls, argv, presets=None, usage=""):
     while rest:
         word = rest.pop(0)
         if not word.startswith("--"):
-            fail(f"unexpected argument {word!r}: options are written --name value")
+            if not positional:
+                fail(f"unexpected argument {word!r}: options are written --name value")
+            word = f"--{positional.pop(0)}={word}"
         name, equals, text = word[2:].partition("=")
         name = name.replace("-", "_")
         if name not in known:
@@ -157,12 +150,8 @@ class Processes:
 
 def make_optimizer(groups, kind=torch.optim.AdamW, **settings):
     """Optimizer over groups [{"params": [...], "lr": ..}]; each parameter lands in exactly one."""
-    groups = [{**g, "params": [p for p in g["params"] if p.requires_grad]} for g in groups]
-    flat = [id(p) for g in groups for p in g["params"]]
-    if len(flat) != len(set(flat)):
-        raise ValueError("a parameter is in two optimizer groups")
-    for g in groups:
-        g["peak"] = g["lr"]
+    groups = [{**g, "peak": g["lr"], "params": [p for p in g["params"] if p.requires_grad]}
+              for g in groups]
     return kind([g for g in groups if g["params"]], **settings)
 
 
@@ -211,9 +200,8 @@ def write_atomically(path, text):
     os.replace(draft, path)
 
 
-def save_checkpoint(out, step, weights, meta, texts=None, state=None, best=False):
-    """Write OUT/step_00000123 whole or not at all, point OUT/latest (and OUT/best) at it, then
-    drop the checkpoints that neither points at.
+def save_checkpoint(out, step, weights, meta, texts=None, state=None):
+    """Write OUT/step_00000123 whole or not at all, point OUT/latest at it, drop earlier ones.
 
     weights: name -> tensor, as model.safetensors; meta: dict, as config.json (step is added);
     texts: file name -> text, e.g. the tokenizer; state: what only resuming needs, as training.pt.
@@ -231,24 +219,19 @@ def save_checkpoint(out, step, weights, meta, texts=None, state=None, best=False
     (draft / "config.json").write_text(json.dumps({**meta, "step": step}, indent=1))
     shutil.rmtree(final, ignore_errors=True)
     os.replace(draft, final)
-    for pointer in ("latest", "best") if best else ("latest",):
-        write_atomically(out / pointer, final.name + "\n")
-    pointed = {(out / p).read_text().strip() for p in ("latest", "best") if (out / p).is_file()}
+    write_atomically(out / "latest", final.name + "\n")
     for old in out.glob("step_*"):
-        if old.name not in pointed:
+        if old != final:
             shutil.rmtree(old)
     return final
 
 
 def find_checkpoint(path, option):
-    """A run's folder (its best checkpoint, else its latest) or a checkpoint's own folder -> that
-    checkpoint.  Refuses, naming the option that asked for it, when there is none.
-    """
+    """A run's folder or a checkpoint's own -> the checkpoint's.  Refuses, naming the option that
+    asked for it, when there is none."""
     path = Path(path)
-    for pointer in ("best", "latest"):
-        if (path / pointer).is_file():
-            path = path / (path / pointer).read_text().strip()
-            break
+    if (path / "latest").is_file():
+        path = path / (path / "latest").read_text().strip()
     if not (path / "config.json").is_file() or not (path / "model.safetensors").is_file():
         fail(f"--{option} {path}: no checkpoint there (expected config.json and model.safetensors)")
     return path
@@ -341,14 +324,14 @@ class Run:
             self.log.write(json.dumps(row) + "\n")
             self.log.flush()
 
-    def save(self, step, model, optimizer, meta, texts=None, best=False):
-        """Checkpoint when it is time: every save_every steps, at the end, and when `best`"""
-        if not (best or step == self.steps or (self.save_every and step % self.save_every == 0)):
+    def save(self, step, model, optimizer, meta, texts=None):
+        """Checkpoint when it is time: every save_every steps and at the end"""
+        if not (step == self.steps or (self.save_every and step % self.save_every == 0)):
             return
         if self.processes.main:
             meta = {"stage": self.stage, "identity": self.identity, **meta}
             self.found = save_checkpoint(self.out, step, model.state_dict(), meta, texts,
-                                         {"optimizer": optimizer.state_dict()}, best)
+                                         {"optimizer": optimizer.state_dict()})
         self.processes.barrier()
 
     def finish(self, summary, files):

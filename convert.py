@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import common
@@ -95,37 +94,33 @@ def laq_from_official(state, image_size=None):
 
 @dataclass
 class ConvertConfig:
+    source: str  # official LAQ file, .pt or .safetensors
+    out: str  # folder to write
     image_size: int = 0  # pixels; 0: eight patches a side, as the official models have
     window: float = 0.6  # seconds between the frames it was trained on (not stored in the file)
 
 
-def main(argv):
-    if argv and argv[0] in ("-h", "--help"):
-        print(__doc__.strip() + "\n")
-        common.parse_options(ConvertConfig, argv, usage="convert.py SOURCE OUT [options]")
-    if len(argv) < 2 or argv[0].startswith("--") or argv[1].startswith("--"):
-        common.fail("convert.py SOURCE OUT [options]: two paths come first")
-    source, out = Path(argv[0]), Path(argv[1])
-    c, _ = common.parse_options(ConvertConfig, argv[2:], usage="convert.py SOURCE OUT [options]")
+def convert(c):
+    source = Path(c.source)
     if not source.is_file():
         common.fail(f"{source}: no such file")
-    if out.exists():
-        common.fail(f"{out} exists: remove it or choose another folder")
+    if Path(c.out).exists():
+        common.fail(f"{c.out} exists: remove it or choose another folder")
     try:
         state = load_file(source) if source.suffix == ".safetensors" else \
             torch.load(source, map_location="cpu", weights_only=True)
         if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
             raise ValueError("expected a flat dictionary of tensors")
         model = laq_from_official(state, c.image_size or None)
-    except (OSError, ValueError, RuntimeError, EOFError, KeyError, SafetensorError) as error:
-        common.fail(f"{source}: {str(error).splitlines()[0]}")
-    except Exception as error:  # torch.load raises pickle's own errors on anything else
-        common.fail(f"{source}: {type(error).__name__}: {str(error).splitlines()[0]}")
+    except ValueError as error:
+        common.fail(f"{source}: {error}")
+    except Exception as error:  # whatever else a broken or foreign file provokes in the loaders
+        common.fail(f"{source}: cannot be read as tensors ({type(error).__name__})")
     meta = {"stage": "quantize", "model": model.config.__dict__, "window": c.window,
             "source": source.name}
-    folder = common.save_checkpoint(out, 0, model.state_dict(), meta)
-    print(f"wrote {folder}")
+    print(f"wrote {common.save_checkpoint(c.out, 0, model.state_dict(), meta)}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    convert(common.parse_options(ConvertConfig, sys.argv[1:], positional=("source", "out"),
+                                 usage="convert.py SOURCE OUT [options]")[0])

@@ -29,6 +29,8 @@ from threading import Lock, get_ident
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
 
@@ -382,40 +384,31 @@ def random_shift(pictures, share):
 # ------------------------------------------------------------------------ latent labels
 
 
-def save_labels(folder, labels, meta):
-    """labels: episode id -> int [T, K].  labels.npy holds all rows one after another, labels.json
-    where each episode begins, and meta: LAQ fingerprint, window, codebook size, dataset mark."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    draft = folder / f".labels.{os.getpid()}.npy"
-    np.save(draft, np.concatenate(list(labels.values())).astype(np.uint16))
-    os.replace(draft, folder / "labels.npy")
-    index = {"episodes": [[name, len(rows)] for name, rows in labels.items()], **meta}
-    (folder / f".labels.{os.getpid()}.json").write_text(json.dumps(index))
-    os.replace(folder / f".labels.{os.getpid()}.json", folder / "labels.json")
+def save_labels(path, labels, meta):
+    """labels: episode id -> int [T, K], into one safetensors file whose header holds meta: LAQ
+    fingerprint, window, codebook size, dataset mark"""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file({name: rows.astype(np.uint16) for name, rows in labels.items()}, draft,
+              {"meta": json.dumps(meta)})
+    os.replace(draft, path)
 
 
-def load_labels(folder, dataset, episodes):
+def load_labels(path, dataset, episodes):
     """-> list of int64 [T, K], one an episode, and the labels' meta.  Refuses another dataset's."""
-    folder = Path(folder)
     try:
-        meta = json.loads((folder / "labels.json").read_text())
-        rows = np.load(folder / "labels.npy")
-    except (OSError, ValueError, EOFError) as error:
-        fail(f"{folder}: no labels there (make them with quantize.py label): {error}")
+        with safe_open(path, "numpy") as file:
+            meta = json.loads(file.metadata()["meta"])
+            found = {name: file.get_tensor(name).astype(np.int64) for name in file.keys()}
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
+        fail(f"{path}: no labels there (make them with quantize.py label): {error}")
     if meta["dataset"] != dataset.fingerprint:
-        fail(f"{folder}/labels.json: made for another dataset ({meta['dataset']}) than "
-             f"{dataset.path} ({dataset.fingerprint})")
-    if len(rows) != sum(n for _, n in meta["episodes"]):
-        fail(f"{folder}/labels.npy: {len(rows)} rows, labels.json promises another number")
-    at, found = 0, {}
-    for name, count in meta.pop("episodes"):
-        found[name] = rows[at:at + count].astype(np.int64)
-        at += count
+        fail(f"{path}: made for another dataset ({meta['dataset']}) than {dataset.path} "
+             f"({dataset.fingerprint})")
     for e in episodes:
         if len(found.get(e.id, ())) != len(e.frames):
-            fail(f"{folder}/labels.npy: episode {e.id!r} has {len(found.get(e.id, ()))} labels, "
-                 f"expected {len(e.frames)}")
+            fail(f"{path}: episode {e.id!r} has {len(found.get(e.id, ()))} labels, expected "
+                 f"{len(e.frames)}")
     return [found[e.id] for e in episodes], meta
 
 
@@ -573,6 +566,7 @@ class Sequences:
 
 @dataclass
 class TabletopOptions:
+    out: str  # folder to write
     episodes: int = 2000  # scripted episodes to record
     embodiment: str = "robot"  # robot or human
     look: str = "plain"  # plain or real (palette, wood grain and light drawn anew each episode)
@@ -583,9 +577,9 @@ class TabletopOptions:
     seed: int = 0
 
 
-def make_tabletop(out, options):
+def make_tabletop(options):
     """Write the built-in dataset: whole, or not at all."""
-    out = Path(out)
+    out = Path(options.out)
     if out.exists():
         fail(f"{out} exists: remove it or choose another folder")
     draft = out.with_name(f".{out.name}.{os.getpid()}")
@@ -648,28 +642,24 @@ def _scenes(o, draft):
             yield {"id": f"scene_{part:05d}_{i}", "instruction": instruction, "video": video,
                    "fps": 1, "frames": 100, "embodiment": embodiment, "captions": captions,
                    "task": "locate" if i else "describe",
-                   "split": "val" if part >= parts - 2 else "train"}
+                   "split": "val" if 0 < part >= parts - 2 else "train"}
 
 
-def main(argv):
-    command, *rest = argv or [""]
-    if command == "tabletop" and rest and not rest[0].startswith("-"):
-        options, _ = parse_options(TabletopOptions, rest[1:], usage="data.py tabletop OUT")
-        make_tabletop(rest[0], options)
-    elif command == "tabletop" and rest:
-        parse_options(TabletopOptions, rest, usage="data.py tabletop OUT [options]")
-        fail("data.py tabletop: the folder to write comes first")
-    elif command == "check" and len(rest) == 1:
-        data = open_dataset(rest[0], 64)
-        known = sum(e.actions is not None for e in data.episodes)
-        held_out = data.split(min(50, len(data.episodes) - 1))[1]
-        print(f"{rest[0]}: {len(data.episodes)} episodes, "
-              f"{sum(len(e.frames) for e in data.episodes)} frames, {known} with actions, "
-              f"{len(held_out)} held out by default, fingerprint {data.fingerprint}: no defects")
-    else:
-        print(__doc__.strip())
-        raise SystemExit(0 if command in ("-h", "--help") else 2)
+def check(path):
+    """Open a dataset, which names every defect, and say what is in it"""
+    found = open_dataset(path, 64)
+    known = sum(e.actions is not None for e in found.episodes)
+    print(f"{path}: {len(found.episodes)} episodes, {sum(len(e.frames) for e in found.episodes)} "
+          f"frames, {known} with actions, fingerprint {found.fingerprint}: no defects")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    command, rest = sys.argv[1:2], sys.argv[2:]
+    if command == ["tabletop"]:
+        make_tabletop(parse_options(TabletopOptions, rest, positional=("out",),
+                                    usage="data.py tabletop OUT [options]")[0])
+    elif command == ["check"] and len(rest) == 1:
+        check(rest[0])
+    else:
+        print(__doc__.strip())
+        raise SystemExit(0 if command in (["-h"], ["--help"]) else 2)

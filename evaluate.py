@@ -142,7 +142,7 @@ def evaluate(c):
     results = {"arms": arms, "options": c.__dict__, "seconds": round(time.time() - began, 1)}
     files = [out / "results.json", out / "results.md"]
     common.write_atomically(files[0], json.dumps(results, indent=1) + "\n")
-    text = markdown(arms, splits)
+    text = markdown([arms])
     common.write_atomically(files[1], text)
     print(text, end="")
     if c.film:
@@ -151,16 +151,24 @@ def evaluate(c):
     print("wrote", ", ".join(map(str, files)))
 
 
-def markdown(arms, splits):
-    """Success % +- standard error: one row a policy, one column a split and task family"""
-    columns = [(s, f) for s in splits for f in (None, *tabletop.FAMILIES)]
+def markdown(runs):
+    """Results of one or more seeds, [{arm: {split: row}}], as a table: success % and, of one seed,
+    its binomial standard error and the families; of several, the standard error of their mean"""
+    families = tabletop.FAMILIES if len(runs) == 1 else ()
+    columns = [(s, f) for s in next(iter(runs[0].values())) for f in (None, *families)]
     def cell(arm, split, family):
-        row = arm[split] if family is None else arm[split]["families"].get(family)
-        return "-" if row is None else f"{row['success']:.1f} ± {row['se']:.1f}"
-    head = ["success % (± standard error)"] + [f or f"**{s}**" for s, f in columns]
+        rows = [run[arm][split] if family is None else run[arm][split]["families"].get(family)
+                for run in runs]
+        if None in rows:
+            return "-"
+        values = [row["success"] for row in rows]
+        error = np.std(values, ddof=1) / len(runs) ** 0.5 if len(runs) > 1 else rows[0]["se"]
+        return f"{np.mean(values):.1f} ± {error:.1f}"
+    what = "success %" + (f", mean of {len(runs)} seeds" if len(runs) > 1 else "")
+    head = [f"{what} (± standard error)"] + [f or f"**{s}**" for s, f in columns]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    lines += ["| " + " | ".join([name] + [cell(arm, *column) for column in columns]) + " |"
-              for name, arm in arms.items()]
+    lines += ["| " + " | ".join([name.replace("_", " "), *(cell(name, *c) for c in columns)]) + " |"
+              for name in runs[0]]
     return "\n".join(lines) + "\n"
 
 
@@ -195,25 +203,14 @@ class TableConfig:
 
 
 def table(c):
-    """Mean success over seeds, +- the standard error of that mean (between seeds)"""
+    """Mean success over seeds"""
     runs = []
     for path in c.results.split(","):
         try:
             runs.append(json.loads(Path(path).read_text())["arms"])
         except (OSError, ValueError, KeyError) as error:
             common.fail(f"--results {path}: no results of evaluate.py: {error!r}")
-    splits = list(next(iter(runs[0].values())))
-    lines = ["| success %, mean ± standard error over " + f"{len(runs)} seeds | "
-             + " | ".join(splits) + " | n a cell |", "|---" * (len(splits) + 2) + "|"]
-    for name in runs[0]:
-        cells, n = [], 0
-        for split in splits:
-            values = [run[name][split]["success"] for run in runs]
-            n = sum(run[name][split]["n"] for run in runs)
-            error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-            cells.append(f"{np.mean(values):.1f} ± {error:.1f}")
-        lines.append("| " + " | ".join([name.replace("_", " "), *cells, str(n)]) + " |")
-    text = "\n".join(lines) + "\n"
+    text = markdown(runs)
     common.write_atomically(c.out, text)
     print(text + f"wrote {c.out}")
 

@@ -29,7 +29,6 @@ class FinetuneConfig:
     where: str = ""  # keep episodes with these fields, e.g. combination=seen
     labelled: int = 0  # labelled episodes to use, drawn by --seed; 0: all that are not held out
     held_out: int = 50  # episodes of the dataset that are never used here
-    validate: float = 0.1  # share of the labelled episodes kept to choose the best checkpoint
     bins: int = 256  # bins a dimension (paper)
     soft_bins: float = 0.0  # width, in bins, of a Gaussian around the true bin (paper 0: one-hot)
     binary: str = ""  # dimensions with two values (grippers), e.g. 6
@@ -45,14 +44,14 @@ class FinetuneConfig:
     final_lr: float = 1.0  # cosine down to this share of lr
     clip: float = 1.0  # gradient norm
     seed: int = 0
-    log_every: int = 25  # steps; validation happens as often, and a better result is a checkpoint
-    save_every: int = 0  # steps between further checkpoints; 0: the best and the last
+    log_every: int = 25  # steps
+    save_every: int = 500  # steps between checkpoints
     resume: bool = False  # continue from the latest checkpoint in --out
 
 
 PRESETS = {
     "tiny": dict(labelled=50, soft_bins=8.0, steps=150, batch=64, lr=1e-4, head_lr=20.0, warmup=10,
-                 final_lr=0.1, shift=0.0625, like_tag=True, freeze_table=True, validate=0.0),
+                 final_lr=0.1, shift=0.0625, like_tag=True, freeze_table=True),
     "base": dict(soft_bins=8.0, lr=1e-4, head_lr=4.0, warmup=50, final_lr=0.1, shift=0.0625,
                  like_tag=True, freeze_table=True),
     "lapa": {},
@@ -93,14 +92,6 @@ def build_model(c, few, processes):
     return model, edges, tokenizer, meta["template"], fresh
 
 
-@torch.no_grad()
-def validate(model, rows, lengths, batch, soft):
-    """Loss over every frame of the kept-out labelled episodes, 1024 at most"""
-    which = [(e, t) for e, n in enumerate(lengths) for t in range(n)][:1024]
-    parts = [which[at:at + batch] for at in range(0, len(which), batch)]
-    return sum(loss_of(model, rows(p), soft)[0].item() * len(p) for p in parts) / len(which)
-
-
 def train(c):
     processes = common.Processes()
     mine = processes.share(c.batch)
@@ -108,8 +99,6 @@ def train(c):
     dataset = data.open_dataset(c.data, meta["model"]["image_size"], c.where, actions_needed=True)
     train_set, _ = dataset.split(c.held_out)
     few = data.labelled_few(train_set, c.labelled or len(train_set), c.seed)
-    kept = round(c.validate * len(few))
-    few, checked = few[kept:], few[:kept]
     model, edges, tokenizer, template, fresh = build_model(c, few, processes)
     origin = common.fingerprint(common.find_checkpoint(c.init_from, "init_from"))
     run = common.Run(c, processes, "finetune",
@@ -122,23 +111,20 @@ def train(c):
     optimizer = common.make_optimizer(groups, betas=(0.9, 0.95), weight_decay=0.0)
     run.restore(model, optimizer)
     sequences = data.Sequences(tokenizer, model.image_tokens, template)
-    bins, checked_bins = ([data.to_bins(e.actions, edges) for e in part] for part in (few, checked))
-    lengths, checked_lengths = [len(b) for b in bins], [len(b) for b in checked_bins]
-    def rows(which, episodes=few, bins=bins):
-        return sequences.batch(episodes, bins, ACTION, which, processes.device)
-    def checked_rows(which):
-        return rows(which, checked, checked_bins)
+    bins = [data.to_bins(e.actions, edges) for e in few]
+    lengths = [len(b) for b in bins]
+    def rows(step):
+        which = data.draw(c.seed, step, c.batch, lengths)[mine]
+        return sequences.batch(few, bins, ACTION, which, processes.device)
     known = np.concatenate([e.actions for e in few])
     meta = {"model": model.config.__dict__, "template": template, "bins": [list(e) for e in edges],
             "action_mean": known.mean(0).tolist(), "action_std": known.std(0).tolist(),
             "labels": meta["labels"], "options": c.__dict__}
     texts = {"tokenizer.json": tokenizer.to_str()}
     processes.say(f"{len(few)} labelled episodes, {sum(lengths)} actions of width {len(edges)}, "
-                  f"{len(checked)} more to choose the best checkpoint, {processes.device}")
+                  f"{processes.device}")
 
-    batches = data.stream(lambda step: rows(data.draw(c.seed, step, c.batch, lengths)[mine]),
-                          run.start, c.steps)
-    numbers, best = {}, run.meta.get("best", float("inf")) if run.start else float("inf")
+    batches, numbers = data.stream(rows, run.start, c.steps), {}
     for step in run.loop("rows"):
         common.seed_step(c.seed, step, processes.rank)
         batch = next(batches)
@@ -149,14 +135,9 @@ def train(c):
                                      common.warmup_cosine(step, c.steps, c.warmup, c.final_lr))
         if (step + 1) % c.log_every == 0 or step + 1 == c.steps:
             numbers = {"loss": loss.item(), "accuracy": right.item(), "grad_norm": norm}
-            if checked:
-                numbers["val_loss"] = validate(model, checked_rows, checked_lengths, c.batch,
-                                               c.soft_bins)
             run.record(step + 1, c.batch, **numbers)
-        better = numbers.get("val_loss", best) < best
-        best = min(best, numbers.get("val_loss", best))
-        run.save(step + 1, model, optimizer, {**meta, "best": best}, texts, best=better)
-    run.finish({**numbers, "best_val_loss": best}, [])
+        run.save(step + 1, model, optimizer, meta, texts)
+    run.finish(numbers, [])
 
 
 if __name__ == "__main__":

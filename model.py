@@ -178,12 +178,11 @@ class PositionBias(nn.Module):
         # Only (2 grid - 1)^2 of the N^2 distances differ: run the MLP on those, then look up.
         g, device = self.grid, self.net[0].weight.device
         line = torch.arange(1 - g, g, device=device)
-        delta = torch.stack(torch.meshgrid(line, line, indexing="ij"), dim=-1).float()
-        table = self.net(delta.sign() * torch.log(delta.abs() + 1))  # 2g-1, 2g-1, heads (dy, dx)
-        at = torch.arange(g * g, device=device)
-        dy = (at // g)[:, None] - (at // g)[None] + g - 1
-        dx = (at % g)[:, None] - (at % g)[None] + g - 1
-        return table[dy, dx].permute(2, 0, 1)[None]
+        delta = torch.cartesian_prod(line, line).float()  # dy, dx
+        table = self.net(delta.sign() * torch.log(delta.abs() + 1)).T  # heads, (2g-1)^2
+        at = torch.cartesian_prod(*[torch.arange(g, device=device)] * 2)
+        dy, dx = (at[:, None] - at[None] + g - 1).unbind(-1)  # N N
+        return table[:, dy * (2 * g - 1) + dx][None]
 
 
 def code_cnn(grid, code_len, q):
@@ -235,8 +234,7 @@ class Quantizer(nn.Module):
 
     def substitute(self, d, indices, noise=None):
         """The NSVQ training value d + |d - c| v/|v|: gradients reach encoder and codebook."""
-        if noise is None:
-            noise = torch.randn_like(d)
+        noise = torch.randn_like(d) if noise is None else noise
         error = (d - self.codebook[indices]).norm(dim=-1, keepdim=True)
         return d + (error / noise.norm(dim=-1, keepdim=True) + 1e-12) * noise
 
@@ -425,28 +423,12 @@ class Block(nn.Module):
         y = self.attention_norm(x)
         q, k, v = rotate(split(self.wq(y)), *rope), rotate(split(self.wk(y)), *rope), \
             split(self.wv(y))
-        if cache is not None:
-            k, v = cache(k, v)
+        if cache is not None:  # keys and values of all positions so far, [B, heads, L, D] each
+            k, v = cache[:] = [torch.cat(pair, dim=2) for pair in zip(cache, (k, v))] or [k, v]
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         x = x + self.wo(y.transpose(1, 2).flatten(2))
         y = self.ffn_norm(x)
         return x + self.w2(F.silu(self.w1(y)) * self.w3(y))
-
-
-class KVCache:
-    """Keys and values of one layer, in buffers of a fixed length: append, then read all so far."""
-
-    def __init__(self, length):
-        self.length, self.used, self.k, self.v = length, 0, None, None
-
-    def __call__(self, k, v):
-        if self.k is None:
-            B, heads, _, width = k.shape
-            self.k, self.v = (k.new_empty(B, heads, self.length, width) for _ in range(2))
-        end = self.used + k.shape[2]
-        self.k[:, :, self.used:end], self.v[:, :, self.used:end] = k, v
-        self.used = end
-        return self.k[:, :, :end], self.v[:, :, :end]
 
 
 def smooth_positions(grid, dim):
@@ -513,11 +495,8 @@ class VLA(nn.Module):
 
     def embed(self, tokens, kinds, images):
         """tokens, kinds int64 [B, L]; images float [B, 3, H, W] in [-1, 1] or None -> [B, L, D]"""
-        x = self.text_embed(torch.where(kinds == TEXT, tokens, 0))
-        for kind, (table, _) in self.heads().items():
-            if kind != TEXT:
-                here = kinds == kind
-                x = torch.where(here[..., None], table(torch.where(here, tokens, 0)), x)
+        x = sum(table(torch.where(kinds == kind, tokens, 0)) * (kinds == kind)[..., None]
+                for kind, (table, _) in self.heads().items())
         if images is not None:
             p, c = self.config.patch_size, self.config
             g = c.image_size // p
@@ -531,19 +510,13 @@ class VLA(nn.Module):
         """Final hidden states [B, L, D]; score them with `score`.
 
         tokens, kinds int64 [B, L]; images [B, 3, H, W] in [-1, 1]; valid bool [B, start + L] marks
-        the keys that are no padding (None: all); caches, one KVCache a layer, hold `start` earlier
-        positions.  Position ids count valid tokens (official: cumsum(mask) - 1).
+        the keys that are no padding (None: all); caches, a list a layer, hold the keys and values of
+        `start` earlier positions.  Position ids count valid tokens (official: cumsum(mask) - 1).
         """
-        B, L = tokens.shape
-        if valid is None:
-            position = torch.arange(start, start + L, device=tokens.device)[None]
-            mask = None
-            if start:
-                at = torch.arange(start + L, device=tokens.device)
-                mask = at[None, :] <= at[start:, None]
-        else:
+        at, mask = torch.arange(start + tokens.shape[1], device=tokens.device), None
+        position = at[None]
+        if valid is not None:
             position = (valid.long().cumsum(1) - 1).clamp(min=0)[:, start:]
-            at = torch.arange(start + L, device=tokens.device)
             mask = (at[None, :] <= at[start:, None]) & valid[:, None, None, :]
             mask = mask | (at[None, :] == at[start:, None])  # a padding row sees itself: no NaN
         c = self.config
@@ -569,12 +542,9 @@ class VLA(nn.Module):
         chosen = rows["mask"] & (rows["target_kinds"] == kind)
         row = chosen.nonzero()[:, 0]
         logits, target = self.score(hidden[chosen], kind).float(), rows["targets"][chosen]
-        if soft:
-            gap = torch.arange(logits.shape[-1], device=target.device) - target[:, None]
-            target_share = torch.softmax(-0.5 * (gap / soft) ** 2, dim=-1)
-            losses = F.cross_entropy(logits, target_share, reduction="none")
-        else:
-            losses = F.cross_entropy(logits, target, reduction="none")
+        gap = torch.arange(logits.shape[-1], device=target.device) - target[:, None]
+        wanted = torch.softmax(-0.5 * (gap / soft) ** 2, dim=-1) if soft else target
+        losses = F.cross_entropy(logits, wanted, reduction="none")
         count = torch.bincount(row, minlength=len(hidden))
         loss = (losses / count[row]).sum() / (count > 0).sum().clamp(min=1)
         return loss, (logits.argmax(-1) == target).float().mean()
@@ -602,21 +572,18 @@ class VLA(nn.Module):
         return fresh
 
     @torch.no_grad()
-    def generate(self, tokens, kinds, images, valid, kind, count, use_cache=True):
+    def generate(self, tokens, kinds, images, valid, kind, count):
         """Greedy continuation of left-padded prompts by `count` tokens of one vocabulary.
 
         tokens, kinds int64 [B, L], valid bool [B, L], images [B, 3, H, W] -> int64 [B, count]
         """
-        B, L = tokens.shape
-        caches = [KVCache(L + count) for _ in self.layers] if use_cache else None
-        start, fresh = 0, (tokens, kinds, images)
-        for i in range(count):
+        L = tokens.shape[1]
+        caches, start, fresh = [[] for _ in self.layers], 0, (tokens, kinds, images)
+        for _ in range(count):
             hidden = self(*fresh, valid=valid, caches=caches, start=start)
             chosen = self.score(hidden[:, -1], kind).argmax(-1, keepdim=True)
-            tokens = torch.cat((tokens, chosen), dim=1)
-            kinds = torch.cat((kinds, torch.full_like(chosen, kind)), dim=1)
-            start = tokens.shape[1] - 1 if use_cache else 0
-            fresh = (chosen, kinds[:, -1:], None) if use_cache else (tokens, kinds, images)
+            start, tokens = tokens.shape[1], torch.cat((tokens, chosen), dim=1)
+            fresh = chosen, torch.full_like(chosen, kind), None
             valid = torch.cat((valid, torch.ones_like(chosen, dtype=torch.bool)), dim=1)
         return tokens[:, L:]
 

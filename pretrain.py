@@ -39,7 +39,7 @@ class PretrainConfig(VLAConfig):
     preset: str = "lapa"  # named size: tiny, base or lapa (the paper's)
     labels: str = "latent"  # what to predict: latent, action, idm or caption
     laq: str = ""  # quantize run whose latent actions are predicted
-    latents: str = ""  # labels folder; empty: the one inside --laq
+    latents: str = ""  # labels file; empty: the one inside --laq
     init_from: str = ""  # checkpoint to start from; empty: random weights
     freeze_vision: bool = True  # paper 3.2; without --init_from the vision side is trained
     where: str = ""  # keep episodes with these fields
@@ -153,15 +153,16 @@ def answers_for(c, processes, dataset, train_set, held_out):
                         "missing, and --labels caption needs it")
         answers, kept = [e.info["captions"] for e in both], {}
     elif c.labels == "latent":
-        answers, kept = data.load_labels(c.latents or Path(c.laq) / "labels", dataset, both)
+        path = Path(c.latents or Path(c.laq) / "labels.safetensors")
+        answers, kept = data.load_labels(path, dataset, both)
         mark = common.fingerprint(common.find_checkpoint(c.laq, "laq"))
         window = common.load_checkpoint(c.laq, "laq", ("quantize",))[1]["window"]
         if kept["window"] != window:
-            common.fail(f"{c.latents or c.laq + '/labels'}/labels.json: made with a window of "
-                        f"{kept['window']} s, --laq {c.laq} has {window} s")
+            common.fail(f"{path}: made with a window of {kept['window']} s, --laq {c.laq} has "
+                        f"{window} s")
         if kept["laq"] != mark:
-            common.fail(f"{c.latents or c.laq + '/labels'}/labels.json: made by LAQ {kept['laq']}, "
-                        f"--laq {c.laq} is {mark}: label again with quantize.py label")
+            common.fail(f"{path}: made by LAQ {kept['laq']}, --laq {c.laq} is {mark}: label again "
+                        "with quantize.py label")
     else:
         if c.labels == "action":
             actions = [e.actions for e in both]

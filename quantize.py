@@ -7,7 +7,7 @@ every frame of the dataset is labelled with its latent action, and a report card
     python quantize.py --data data/tabletop --out runs/demo/quantize --preset tiny        # laptop
     python quantize.py --data D --out O --preset lapa                                     # one GPU
     torchrun --nproc_per_node 8 quantize.py --data D --out O --preset lapa --batch 512    # eight
-    python quantize.py label --laq O --data OTHER --out labels/other          # label more videos
+    python quantize.py label --laq O --data OTHER --out other.safetensors    # label more videos
     python quantize.py report --laq O --data OTHER --out reports/other        # report card on them
 """
 
@@ -70,15 +70,12 @@ PRESETS = {
 # ------------------------------------------------------------------------ training
 
 
-def replacement_due(step):
-    """Dead codes are replaced often at first, then every 50 steps for as long as training lasts"""
-    return step > 0 and (step % 10 == 0 if step < 100 else step % 50 == 0)
-
-
-def official_replacement_due(step):
-    """The official schedule, which ends at step 5000"""
-    every = 10 if step < 100 else 100 if step < 1000 else 500
-    return 0 < step <= 5000 and step % every == 0
+def replacement_due(step, official=False):
+    """Dead codes are replaced often at first, then every 50 steps for as long as training lasts;
+    officially every 100, then 500 steps, until step 5000"""
+    if official:
+        return 0 < step <= 5000 and step % (10 if step < 100 else 100 if step < 1000 else 500) == 0
+    return step > 0 and step % (10 if step < 100 else 50) == 0
 
 
 def train_step(model, optimizer, processes, c, step, pair):
@@ -93,8 +90,7 @@ def train_step(model, optimizer, processes, c, step, pair):
     scale = common.warmup_cosine(step, c.steps, c.warmup, c.final_lr)
     norm = common.optimizer_step(optimizer, processes, c.clip, scale)
     model.quantizer.count(d.detach(), indices, c.codebook_pull)
-    due = official_replacement_due if c.official_counting else replacement_due
-    if due(step + 1):
+    if replacement_due(step + 1, c.official_counting):
         model.quantizer.replace_dead(d.detach(), c.replace_below)
     return loss.item(), norm, len(indices.unique())
 
@@ -143,7 +139,7 @@ def train(c):
     summary, files = {}, []
     if processes.main:
         out = Path(c.out)
-        files = write_labels(model, run.found, dataset, dataset.episodes, c.window, out / "labels")
+        files = [write_labels(model, run.found, dataset, c.window, out / "labels.safetensors")]
         if held_out:
             summary, more = report(model, train_set, held_out, c.window, out, c.seed)
             files += more
@@ -165,11 +161,11 @@ def label(model, episodes, window, batch=256):
     return {e.id: part for e, part in zip(episodes, np.split(np.concatenate(codes), ends))}
 
 
-def write_labels(model, checkpoint, dataset, episodes, window, folder):
-    data.save_labels(folder, label(model, episodes, window), {
+def write_labels(model, checkpoint, dataset, window, path):
+    data.save_labels(path, label(model, dataset.episodes, window), {
         "laq": common.fingerprint(checkpoint), "window": window, "dataset": dataset.fingerprint,
         "codebook_size": model.config.codebook_size, "code_len": model.config.code_len})
-    return [folder / "labels.npy", folder / "labels.json"]
+    return path
 
 
 # ------------------------------------------------------------------------ report card
@@ -300,7 +296,7 @@ def draw_atlas(model, starts, codes, path, columns=8):
 class ApplyConfig:
     laq: str  # a quantize run or a converted checkpoint
     data: str  # dataset folder
-    out: str  # folder to write to
+    out: str  # label: file to write (.safetensors); report: folder
     where: str = ""  # keep episodes with these fields
     held_out: int = 50  # report: the probe is fitted on the other episodes
     window: float = 0.0  # seconds; 0: the window the LAQ was trained with
@@ -324,8 +320,8 @@ def apply(command, argv):
     window = c.window or meta["window"]
     dataset = data.open_dataset(c.data, model.config.image_size, c.where)
     if command == "label":
-        files = write_labels(model, common.find_checkpoint(c.laq, "laq"), dataset, dataset.episodes,
-                             window, Path(c.out))
+        files = [write_labels(model, common.find_checkpoint(c.laq, "laq"), dataset, window,
+                              Path(c.out))]
     else:
         train_set, held_out = dataset.split(c.held_out)
         _, files = report(model, train_set, held_out or train_set, window, c.out, c.seed)

@@ -20,8 +20,8 @@ COLORS = {"red": (214, 62, 58), "blue": (58, 108, 208), "green": (62, 158, 84),
 BLOCKS = ("red circle", "blue square", "green triangle", "yellow star")
 THINGS = ("tip", *BLOCKS)
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-PLACES = {"left side": (0, None), "right side": (1, None), "top side": (None, 0),
-          "bottom side": (None, 1), "top left corner": (0, 0), "top right corner": (1, 0),
+PLACES = {"left side": (0, np.nan), "right side": (1, np.nan), "top side": (np.nan, 0),
+          "bottom side": (np.nan, 1), "top left corner": (0, 0), "top right corner": (1, 0),
           "bottom left corner": (0, 1), "bottom right corner": (1, 1)}
 FAMILIES = ("reach", "push", "place", "join")
 SPEED = {"robot": 0.06, "human": 0.045}  # table widths a step at action 1
@@ -174,36 +174,31 @@ class TableTop:
             self.blocks = np.clip(self.blocks, RIM, 1 - RIM)
 
     def _parts(self):
+        """Of each table: family, argument, block, its start, direction, goal, the other block"""
         rows = np.arange(self.batch)
-        family, block, argument = self.task.T
-        return rows, family, argument, self.blocks[rows, block], self.start[rows, block]
+        family, moved, argument = self.task.T
+        block, start = self.blocks[rows, moved], self.start[rows, moved]
+        way = np.array(list(DIRECTIONS.values()))[argument % 4]
+        goal = np.array(list(PLACES.values()))[argument % 8]
+        goal = np.where(np.isnan(goal), block, goal)
+        return family, argument, block, start, way, goal, self.blocks[rows, argument % 4]
 
     def _solved(self):
-        rows, family, argument, block, start = self._parts()
+        family, argument, block, start, way, goal, other = self._parts()
         reach = np.linalg.norm(block - self.tip, axis=-1) < CONTACT + 0.02
-        way = np.array(list(DIRECTIONS.values()))[argument % 4]
         moved = block - start
         along = (moved * way).sum(-1)
         push = (along > PUSH_DISTANCE) & (np.abs(moved - along[:, None] * way).sum(-1) < along)
-        place = self._gap_to_place(block, argument) < np.where(argument % 8 < 4, SIDE, CORNER)
-        join = np.linalg.norm(block - self.blocks[rows, argument % 4], axis=-1) < JOIN
+        near = np.where(argument % 8 < 4, SIDE, CORNER)
+        place = np.linalg.norm(block - goal, axis=-1) < near
+        join = np.linalg.norm(block - other, axis=-1) < JOIN
         return np.choose(family, (reach, push, place, join))
-
-    @staticmethod
-    def _gap_to_place(block, argument):
-        goal = np.array([[np.nan if v is None else v for v in p] for p in PLACES.values()], float)
-        goal = goal[argument % 8]
-        return np.linalg.norm(np.where(np.isnan(goal), 0, block - goal), axis=-1)
 
     def expert(self, noise=0.0):
         """A scripted policy's next action [B, 2]: get behind the block, then push."""
-        rows, family, argument, block, start = self._parts()
-        goal = np.array([[np.nan if v is None else v for v in p] for p in PLACES.values()], float)
-        goal = goal[argument % 8]
-        way = np.array(list(DIRECTIONS.values()))[argument % 4]
-        aim = np.where(np.isnan(goal), block, goal)  # place
-        aim = np.where(family[:, None] == 1, start + 0.3 * way, aim)
-        aim = np.where(family[:, None] == 3, self.blocks[rows, argument % 4], aim)
+        family, _, block, start, way, goal, other = self._parts()
+        aim = np.where(family[:, None] == 1, start + 0.3 * way, goal)
+        aim = np.where(family[:, None] == 3, other, aim)
         ahead = aim - block
         ahead /= np.linalg.norm(ahead, axis=-1, keepdims=True) + 1e-9
         side = np.stack([-ahead[:, 1], ahead[:, 0]], -1)
