@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import inspect
 import json
+import math
 import os
 import re
 import shutil
@@ -55,8 +56,7 @@ def parse_options(cls, argv, presets=None, usage="", positional=()):
 
     Options are written `--name value` or `--name=value`.  `presets` is a table of named sizes,
     chosen by the field `preset`: named options beat the preset, which beats the defaults.
-    `positional` names those that may stand without their name, in order.
-    """
+    `positional` names those that may stand without their name, in order."""
     presets, positional = presets or {}, list(positional)
     kinds = typing.get_type_hints(cls)
     known = {f.name: f.default for f in dataclasses.fields(cls)}
@@ -143,10 +143,6 @@ class Processes:
         dist.all_reduce(packed)
         return dict(zip(values, (packed / self.world).tolist()))
 
-    def end(self):
-        if self.world > 1:
-            dist.destroy_process_group()
-
 
 def make_optimizer(groups, kind=torch.optim.AdamW, **settings):
     """Optimizer over groups [{"params": [...], "lr": ..}]; each parameter lands in exactly one."""
@@ -155,20 +151,18 @@ def make_optimizer(groups, kind=torch.optim.AdamW, **settings):
     return kind([g for g in groups if g["params"]], **settings)
 
 
-def optimizer_step(optimizer, processes, clip, scale=1.0):
-    """Average gradients over ranks, clip their norm, step at `scale` times the peak rates.
-
-    -> gradient norm before clipping (float)
-    """
+def optimizer_step(optimizer, processes, c, step):
+    """Average gradients over ranks, clip their norm at c.clip, step at the rate that c.steps,
+    c.warmup and c.final_lr give this step.  -> gradient norm before clipping (float)"""
     params = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
     if processes.world > 1:
         flat = torch.cat([p.grad.flatten() for p in params]) / processes.world
         dist.all_reduce(flat)
         for p, part in zip(params, flat.split([p.numel() for p in params])):
             p.grad.copy_(part.view_as(p))
-    norm = torch.nn.utils.clip_grad_norm_(params, clip)
+    norm = torch.nn.utils.clip_grad_norm_(params, c.clip)
     for g in optimizer.param_groups:
-        g["lr"] = g["peak"] * scale
+        g["lr"] = g["peak"] * warmup_cosine(step, c.steps, c.warmup, c.final_lr)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return float(norm)
@@ -179,12 +173,11 @@ def warmup_cosine(step, steps, warmup, floor):
     if step < warmup:
         return (step + 1) / warmup
     share = (step - warmup) / max(1, steps - warmup)
-    return floor + (1 - floor) * 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * share))))
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share))
 
 
 def seed_step(seed, step, rank=0):
-    """Seed torch for one step, so that noise is a function of (seed, step, rank) and resuming needs
-    no generator state."""
+    """Seed torch, so that noise is a function of (seed, step, rank) and resuming needs no state"""
     digest = hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:7], "little"))
 
@@ -261,8 +254,7 @@ class Run:
     """The output folder of a stage: metrics.jsonl, a progress bar, checkpoints, resuming.
 
     run = Run(config, processes, "quantize"); run.start is the step to begin at.  `identity` is
-    compared on resuming: a checkpoint trained on something else is refused.
-    """
+    compared on resuming: a checkpoint trained on something else is refused."""
 
     def __init__(self, config, processes, stage, identity):
         self.out, self.processes, self.steps = Path(config.out), processes, config.steps
@@ -341,4 +333,5 @@ class Run:
             write_atomically(self.out / "summary.json", json.dumps(summary, indent=1) + "\n")
             files = [f"{find_checkpoint(self.out, 'out')}/", *files, self.out / "summary.json"]
             print("wrote", ", ".join(str(f) for f in files))
-        self.processes.end()
+        if self.processes.world > 1:
+            dist.destroy_process_group()

@@ -69,8 +69,7 @@ class Dataset:
 
         Episodes whose `split` is anything but "train" are held out; where none has that field, the
         `held_out` episodes whose id has the smallest SHA-256 are, so that adding an episode
-        never moves more than one other across.
-        """
+        never moves more than one other across."""
         if any("split" in e.info for e in self.episodes):
             late = {e.id for e in self.episodes if e.info.get("split", "train") != "train"}
         else:
@@ -92,11 +91,10 @@ def labelled_few(episodes, count, seed):
 
 def parse_where(text):
     """"a=b,c=d" -> [("a", "b"), ("c", "d")]; refuses anything else"""
-    pairs = [part.partition("=") for part in text.split(",") if part]
-    for name, equals, value in pairs:
-        if not (name and equals and value):
-            fail(f"--where {text!r}: expected name=value, comma separated")
-    return [(name, value) for name, _, value in pairs]
+    pairs = [tuple(part.split("=", 1)) for part in text.split(",") if part]
+    if not all(len(pair) == 2 and all(pair) for pair in pairs):
+        fail(f"--where {text!r}: expected name=value, comma separated")
+    return pairs
 
 
 def open_dataset(path, size, where="", actions_needed=False):
@@ -178,10 +176,6 @@ def _inside(root, text):
     return root / text
 
 
-def _number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and np.isfinite(value)
-
-
 def _load_episode(root, row, size, actions_needed, bad):
     """-> Episode; appends (field, text) to `bad` for each defect"""
     if not isinstance(row.get("instruction"), str) or not row["instruction"].strip():
@@ -199,7 +193,7 @@ def _load_episode(root, row, size, actions_needed, bad):
                 fps = _probe_fps(video)
         except (OSError, ValueError, SyntaxError) as error:  # PIL raises SyntaxError on broken PNGs
             bad.append(("video", f"{video} cannot be decoded: {error}"))
-    if not _number(fps) or fps <= 0:
+    if type(fps) not in (int, float) or not 0 < fps < np.inf:
         bad.append(("fps", f"expected frames a second, found {fps!r}"))
     T = None if frames is None else len(frames)
     if T is not None and T < 2:
@@ -246,8 +240,7 @@ def cached_frames(video, size):
 
     Decoded once into $LAPA_CACHE (default .cache here), one file an episode, keyed by the source's
     path, size and mtime.  Each file is renamed into place when whole: a killed run continues where
-    it stopped, and two processes do no harm.  Raises OSError or ValueError when undecodable.
-    """
+    it stopped, and two processes do no harm.  Raises OSError or ValueError when undecodable."""
     kind = _kind(video)
     if kind == "npy":
         with LOADING:
@@ -420,8 +413,7 @@ def fit_bins(actions, bins=256, binary=()):
 
     actions float [M, A]; quantiles of the rows, duplicate edges dropped, so fewer bins may remain.
     A dimension listed in `binary` (a gripper) has two bins with edges -0.5, 0.5, 1.5.  A constant
-    dimension keeps its one value.  -> list of A float64 arrays
-    """
+    dimension keeps its one value.  -> list of A float64 arrays"""
     grid = np.linspace(0, 1, bins + 1)
     return [np.array([-0.5, 0.5, 1.5]) if a in binary else
             np.unique(np.quantile(actions[:, a].astype(np.float64), grid))
@@ -501,8 +493,7 @@ class Sequences:
     """Instruction + image + answer -> one row of tokens (official layout, formats section 5).
 
     bos, text, <vision> image </vision>, <delta> codes </delta>, eos.  An answer is latent codes
-    (`<delta>`), action bins (`<action>`) or plain text (a caption, no tags).
-    """
+    (`<delta>`), action bins (`<action>`) or plain text (a caption, no tags)."""
 
     def __init__(self, tokenizer, image_tokens, template="{instruction}"):
         self.tokenizer, self.image_tokens, self.template = tokenizer, image_tokens, template
@@ -523,8 +514,7 @@ class Sequences:
         """Training rows, right-padded with eos-free padding and shifted by one.
 
         answers: int [B, n] codes or bins, or B strings.  -> dict of tensors [B, L]: tokens, kinds
-        (inputs), targets, target_kinds, mask (bool: the answer with its tags, and eos).
-        """
+        (inputs), targets, target_kinds, mask (bool: the answer with its tags, and eos)."""
         built = []
         for instruction, answer in zip(instructions, answers):
             tokens, kinds = self.prompt(instruction, kind)

@@ -34,8 +34,8 @@ class FinetuneConfig:
     binary: str = ""  # dimensions with two values (grippers), e.g. 6
     freeze_vision: bool = True  # paper 3.2
     shift: float = 0.0  # random shift of pictures, as a share of them
-    like_tag: bool = False  # a fresh action table begins as latent actions or the tag (see VLA.adopt)
-    freeze_table: bool = False  # keep the action table: few rows only teach it to know them by heart
+    like_tag: bool = False  # a fresh action table begins readable (see VLA.adopt)
+    freeze_table: bool = False  # keep the action table: few rows are learned by heart through it
     steps: int = 2000  # paper: real robot; SIMPLER 500
     batch: int = 128  # rows a step, over all processes
     lr: float = 2e-5  # AdamW 0.9/0.95, constant, no weight decay (code)
@@ -68,8 +68,7 @@ def build_model(c, few, processes):
     """The pretrained body with an action head -> model, bin edges, tokenizer, template, fresh.
 
     A body pretrained on actions (ACTIONVLA, VPT) keeps its action head and bins; any other gets a
-    fresh head and the labelled episodes' bins.
-    """
+    fresh head and the labelled episodes' bins."""
     weights, meta = common.load_checkpoint(c.init_from, "init_from", ("pretrain",))
     width = few[0].actions.shape[1]
     if "bins" in meta:
@@ -131,8 +130,7 @@ def train(c):
         batch["images"] = data.random_shift(batch["images"], c.shift)
         loss, right = loss_of(model, batch, c.soft_bins)
         loss.backward()
-        norm = common.optimizer_step(optimizer, processes, c.clip,
-                                     common.warmup_cosine(step, c.steps, c.warmup, c.final_lr))
+        norm = common.optimizer_step(optimizer, processes, c, step)
         if (step + 1) % c.log_every == 0 or step + 1 == c.steps:
             numbers = {"loss": loss.item(), "accuracy": right.item(), "grad_norm": norm}
             run.record(step + 1, c.batch, **numbers)

@@ -46,13 +46,6 @@ class LAQConfig:
         return self.image_size // self.patch_size
 
 
-class ScaleNorm(nn.LayerNorm):
-    """LayerNorm with a scale and no bias (the official beta is a buffer of zeros)."""
-
-    def __init__(self, dim):
-        super().__init__(dim, bias=False)
-
-
 class PEG(nn.Module):
     """Position encoding generator: a depth-wise 3x3x3 convolution, causal in time. [B, T, N, D]"""
 
@@ -85,10 +78,10 @@ class Attention(nn.Module):
         super().__init__()
         inner = heads * dim_head
         self.heads = heads
-        self.norm = ScaleNorm(dim)
+        self.norm = nn.LayerNorm(dim, bias=False)  # the official beta is a buffer of zeros
         # The official self-attention never uses its context norm; we carry the parameter so that
         # counts and keys agree with official files.
-        self.context_norm = ScaleNorm(dim)
+        self.context_norm = nn.LayerNorm(dim, bias=False)
         self.q_scale = nn.Parameter(torch.ones(dim_head))
         self.k_scale = nn.Parameter(torch.ones(dim_head))
         self.to_q = nn.Linear(dim, inner, bias=False)
@@ -145,7 +138,7 @@ class Transformer(nn.Module):
         self.over_time, self.grid = over_time, c.grid
         self.misread = over_time and c.official_peg
         self.layers = nn.ModuleList(Layer(c.dim, c.heads, c.dim_head, cross) for _ in range(depth))
-        self.norm_out = ScaleNorm(c.dim)
+        self.norm_out = nn.LayerNorm(c.dim, bias=False)
 
     def forward(self, x, bias=None, context=None):
         B, T, N, D = x.shape
@@ -189,8 +182,7 @@ def code_cnn(grid, code_len, q):
     """The CNN that turns a grid of patches into `code_len` vectors (paper silent; code).
 
     A stride-2 convolution halves the grid; what remains to be done depends on code_len.
-    Raises ValueError for a grid that cannot give code_len vectors.
-    """
+    Raises ValueError for a grid that cannot give code_len vectors."""
     down = lambda: nn.Conv2d(q, q, 3, stride=2, padding=1)
     valid = {1: (4, 4), 2: (3, 4), 4: (3, 3)}  # kernels that leave 1x1, 1x2, 2x2 of a 4x4 map
     if math.ceil(grid / 2) ** 2 == code_len:  # official at 64 and 256 codes; ours on small grids
@@ -207,8 +199,7 @@ class Quantizer(nn.Module):
     """NSVQ (Vali and Backstrom 2022) with a codebook that cannot stay dead.
 
     State: `codebook` [V, Q] and the buffer `uses` [V], how often each entry was chosen since the
-    last replacement.
-    """
+    last replacement."""
 
     def __init__(self, c):
         super().__init__()
@@ -248,8 +239,7 @@ class Quantizer(nn.Module):
     def count(self, d, indices, pull=0.0):
         """After a step on d [B, K, Q] and its indices [B, K]: remember every use, and move used
         entries the share `pull` of the way to the mean of what chose them (0: the gradient alone
-        moves the codebook, as in the paper).  Officially a code counts once a batch.
-        """
+        moves the codebook, as in the paper).  Officially a code counts once a batch."""
         if self.c.official_counting:
             self.uses[indices.flatten()] += 1  # a repeated index adds one only: the official bug
             return
@@ -345,8 +335,7 @@ class LAQ(nn.Module):
 
         pair [B, 2, 3, H, W] is (x_t, x_{t+H}); `seen`, of the same shape, is what the encoder looks
         at instead (see quantize.py); noise [B, K, Q] stands in for NSVQ's own.
-        -> loss (scalar), d [B, K, Q], indices [B, K]
-        """
+        -> loss (scalar), d [B, K, Q], indices [B, K]"""
         bias = self.position_bias()
         tokens = self.patches(pair)
         d = self.encode(tokens if seen is None else self.patches(seen), bias)
@@ -510,9 +499,8 @@ class VLA(nn.Module):
         """Final hidden states [B, L, D]; score them with `score`.
 
         tokens, kinds int64 [B, L]; images [B, 3, H, W] in [-1, 1]; valid bool [B, start + L] marks
-        the keys that are no padding (None: all); caches, a list a layer, hold the keys and values of
-        `start` earlier positions.  Position ids count valid tokens (official: cumsum(mask) - 1).
-        """
+        the keys that are no padding (None: all); caches, a list a layer, hold the keys and
+        values of `start` earlier positions.  Position ids count valid tokens (as official)."""
         at, mask = torch.arange(start + tokens.shape[1], device=tokens.device), None
         position = at[None]
         if valid is not None:
@@ -537,8 +525,7 @@ class VLA(nn.Module):
 
         hidden [B, L, D]; rows: tensors [B, L] targets, target_kinds, mask (see data.Sequences);
         soft: width in bins of a Gaussian of target probability around the true token (0: one-hot).
-        -> loss, share of exactly predicted tokens (scalars)
-        """
+        -> loss, share of exactly predicted tokens (scalars)"""
         chosen = rows["mask"] & (rows["target_kinds"] == kind)
         row = chosen.nonzero()[:, 0]
         logits, target = self.score(hidden[chosen], kind).float(), rows["targets"][chosen]
@@ -555,8 +542,7 @@ class VLA(nn.Module):
 
         tags: vocabulary -> the token of its opening tag.  When given, a fresh input table begins
         where the body can already read: actions follow on latent actions, tag and all, and what
-        comes first begins as its tag.  Without it fresh rows are random, as official.
-        """
+        comes first begins as its tag.  Without it fresh rows are random, as official."""
         own = ("latent_", "action_")
         fresh = [n for n in self.state_dict() if n.startswith(own) and n not in weights]
         shed = [n for n in weights if n.startswith(own) and n not in self.state_dict()]
@@ -575,8 +561,7 @@ class VLA(nn.Module):
     def generate(self, tokens, kinds, images, valid, kind, count):
         """Greedy continuation of left-padded prompts by `count` tokens of one vocabulary.
 
-        tokens, kinds int64 [B, L], valid bool [B, L], images [B, 3, H, W] -> int64 [B, count]
-        """
+        tokens, kinds int64 [B, L], valid bool [B, L], images [B, 3, H, W] -> int64 [B, count]"""
         L = tokens.shape[1]
         caches, start, fresh = [[] for _ in self.layers], 0, (tokens, kinds, images)
         for _ in range(count):
@@ -595,8 +580,7 @@ def load_strictly(model, weights, fresh=()):
     """Copy `weights` (name -> tensor) into model; names and shapes must agree as sets.
 
     The names in `fresh` keep their initial values.  Raises ValueError that
-    names every missing, unexpected or misshapen tensor.
-    """
+    names every missing, unexpected or misshapen tensor."""
     ours = model.state_dict()
     kept = set(fresh)
     missing = sorted(ours.keys() - weights.keys() - kept)

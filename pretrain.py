@@ -68,9 +68,9 @@ class PretrainConfig(VLAConfig):
 
 
 PRESETS = {
-    "tiny": dict(dim=128, layers=4, heads=4, mlp=344, rope_theta=1e4, steps=700, batch=64,
+    "tiny": dict(dim=128, layers=4, heads=4, mlp=344, rope_theta=1e4, steps=1000, batch=64,
                  lr=8e-4, head_lr=2.0, warmup=30, final_lr=0.1, soft_bins=8.0, shift=0.0625,
-                 like_tag=True, save_every=350),
+                 like_tag=True, save_every=250),
     "base": dict(dim=768, layers=12, heads=12, mlp=2048, rope_theta=1e4, image_size=128,
                  steps=20_000, lr=3e-4, head_lr=2.0, warmup=300, final_lr=0.1, soft_bins=8.0,
                  shift=0.0625, like_tag=True),
@@ -83,8 +83,7 @@ def loss_of(model, rows, kind, soft=0.0):
     """Stage-2 loss (formats section 6): 0.99 x cross entropy of the labels + 0.01 x that of the
     tags around them and eos; for captions, whose labels are text, plain cross entropy.
 
-    rows: a batch as made by data.Sequences.batch.  -> loss, share of labels predicted exactly
-    """
+    rows: a batch as made by data.Sequences.batch.  -> loss, share of labels predicted exactly"""
     hidden = model(rows["tokens"], rows["kinds"], rows["images"])
     text, text_right = model.answer_loss(hidden, rows, TEXT)
     if kind == TEXT:
@@ -127,6 +126,7 @@ def train_inverse_dynamics(c, processes, few):
     params = [p for n, p in idm.named_parameters() if "decoder" not in n and "to_pixels" not in n]
     optimizer = common.make_optimizer([{"params": params, "lr": 1e-3}])
     lengths = [min(len(e.actions), len(e.frames) - 1) for e in few]
+    recipe = replace(c, steps=c.idm_steps, warmup=20, final_lr=0.05, clip=1.0)
     for step in tqdm(range(c.idm_steps), desc="inverse dynamics", mininterval=1.0, leave=False,
                      disable=not processes.main):
         common.seed_step(c.seed, step)
@@ -137,8 +137,7 @@ def train_inverse_dynamics(c, processes, few):
         guess = idm["head"](encoder.difference(pair).flatten(1))
         loss = ((guess - (target - scale[0]) / scale[1]) ** 2).mean()
         loss.backward()
-        common.optimizer_step(optimizer, processes, 1.0,
-                              common.warmup_cosine(step, c.idm_steps, 20, 0.05))
+        common.optimizer_step(optimizer, processes, recipe, step)
     return idm.eval(), scale
 
 
@@ -190,8 +189,7 @@ def answers_for(c, processes, dataset, train_set, held_out):
 def build_model(c, given, kind, dataset, processes):
     """A fresh VLA, or one that inherits --init_from's shape and weights -> model, tokenizer, names
     of fresh tensors"""
-    vocabularies = {"latent_vocab": c.latent_vocab,
-                    "action_vocab": c.bins if kind == ACTION else 0}
+    vocabularies = {"latent_vocab": c.latent_vocab, "action_vocab": c.bins if kind == ACTION else 0}
     if not c.init_from:
         tokenizer = data.dataset_tokenizer(dataset)
         shape = {f.name: getattr(c, f.name) for f in fields(VLAConfig)}
@@ -247,8 +245,7 @@ def train(c, given):
     sequences = data.Sequences(tokenizer, model.image_tokens, c.template)
     def rows(which, episodes=train_set, answers=answers):
         return sequences.batch(episodes, answers, kind, which, processes.device)
-    def held_rows(which):
-        return rows(which, held_out, held_answers)
+    held_rows = lambda which: rows(which, held_out, held_answers)
     lengths, held_lengths = [len(a) for a in answers], [len(a) for a in held_answers]
     meta = {"model": model.config.__dict__, "labels": c.labels, "template": c.template, **kept,
             "options": c.__dict__}
@@ -266,8 +263,7 @@ def train(c, given):
             batch["images"] = data.random_shift(batch["images"], c.shift)
         loss, right = loss_of(model, batch, kind, c.soft_bins)
         loss.backward()
-        norm = common.optimizer_step(optimizer, processes, c.clip,
-                                     common.warmup_cosine(step, c.steps, c.warmup, c.final_lr))
+        norm = common.optimizer_step(optimizer, processes, c, step)
         if (step + 1) % c.log_every == 0 or step + 1 == c.steps:
             numbers = {"loss": loss.item(), "accuracy": right.item(), "grad_norm": norm}
             if held_out:

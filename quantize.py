@@ -57,7 +57,7 @@ class QuantizeConfig(LAQConfig):
 PRESETS = {
     "tiny": dict(image_size=32, patch_size=4, dim=96, spatial_depth=1, temporal_depth=1,
                  decoder_depth=1, heads=4, dim_head=24, quant_dim=8, codebook_init=0.1,
-                 residual=True, shift=0.25, shift_from=100, shift_until=300, steps=450, batch=64, lr=2e-3,
+                 residual=True, shift=0.25, shift_from=100, shift_until=300, steps=450, lr=2e-3,
                  codebook_lr=0.1, codebook_pull=0.5, warmup=50, final_lr=0.1, save_every=150),
     "base": dict(image_size=128, patch_size=16, dim=384, spatial_depth=4, temporal_depth=4,
                  decoder_depth=4, heads=6, quant_dim=16, codebook_init=0.1, residual=True,
@@ -87,8 +87,7 @@ def train_step(model, optimizer, processes, c, step, pair):
     seen = data.random_shift(pair, share) if share else None
     loss, d, indices = model(pair, seen)
     loss.backward()
-    scale = common.warmup_cosine(step, c.steps, c.warmup, c.final_lr)
-    norm = common.optimizer_step(optimizer, processes, c.clip, scale)
+    norm = common.optimizer_step(optimizer, processes, c, step)
     model.quantizer.count(d.detach(), indices, c.codebook_pull)
     if replacement_due(step + 1, c.official_counting):
         model.quantizer.replace_dead(d.detach(), c.replace_below)
@@ -242,8 +241,7 @@ def report(model, train_set, held_out, window, out, seed=0):
             y.append(np.concatenate([window_motion(e, window) for e in part]))
         mixed = [rng.permutation(rows) for rows in x]
         for name, (fit, test) in (("probe_r2", x), ("probe_r2_shuffled", mixed)):
-            card[name] = [round(r, 3) for r in
-                          probe_r2(fit, y[0], test, y[1], c.codebook_size)]
+            card[name] = [round(r, 3) for r in probe_r2(fit, y[0], test, y[1], c.codebook_size)]
     lines = ["| report card | held-out pairs |", "|---|---|"]
     lines += [f"| {k.replace('_', ' ')} | {str(v).strip('[]')} |" for k, v in card.items()]
     print("\n".join(lines))
@@ -272,8 +270,7 @@ def contact_sheet(cells, titles, path, size=96):
 
 def draw_reconstructions(model, pairs, path):
     drawn = model.imagine(pairs[:, 0], model.label(pairs))
-    contact_sheet([[p[0], p[1], q] for p, q in zip(pairs, drawn)],
-                  ["x_t", "x_t+H", "drawn"], path)
+    contact_sheet([[p[0], p[1], q] for p, q in zip(pairs, drawn)], ["x_t", "x_t+H", "drawn"], path)
 
 
 def draw_atlas(model, starts, codes, path, columns=8):

@@ -38,8 +38,7 @@ PUSH_DISTANCE, SIDE, CORNER, JOIN = 0.12, 0.17, 0.28, 0.18  # what counts as suc
 def tasks(split="all"):
     """All (family, block, argument) combinations of a split: "seen", "unseen" or "all".
 
-    A quarter of the combinations of every family is unseen: never in the labelled few.
-    """
+    A quarter of the combinations of every family is unseen: never in the labelled few."""
     rows = []
     for f, family in enumerate(FAMILIES):
         arguments = {"reach": 1, "push": len(DIRECTIONS), "place": len(PLACES), "join": 4}[family]
@@ -76,8 +75,7 @@ class TableTop:
     batch: number of tables; embodiment: "robot" (a compact gripper) or "human" (a hand with a
     forearm, other table, slower); look: "plain" or "real" (palette, wood grain and lighting drawn
     anew for each table); split: which tasks, see `tasks`; families: subset of FAMILIES;
-    size: pixels; max_steps: steps until `truncated`.
-    """
+    size: pixels; max_steps: steps until `truncated`."""
 
     def __init__(self, batch, embodiment="robot", look="plain", split="all", families=FAMILIES,
                  size=64, max_steps=50):
@@ -117,14 +115,13 @@ class TableTop:
         self.success = np.zeros(B, bool)
         self._dress()
         self.image = self.render()
-        return self._observe(), self._info()
+        return self._now()
 
     def step(self, action):
         """action float [B, 2], clipped to [-1, 1] -> obs, reward, terminated, truncated, info
 
         reward float [B] is 1 on the step that succeeds; terminated and truncated are bool [B].
-        Raises ValueError for another shape or NaN.
-        """
+        Raises ValueError for another shape or NaN."""
         action = np.asarray(action, float)
         if action.shape != (self.batch, 2) or np.isnan(action).any():
             raise ValueError(f"action must be numbers of shape ({self.batch}, 2)")
@@ -142,13 +139,13 @@ class TableTop:
         truncated = ~terminated & (self.steps >= self.max_steps)
         self.done = terminated | truncated
         self.image[live] = self.render(np.flatnonzero(live))
-        return self._observe(), won.astype(float), terminated, truncated, self._info()
+        obs, info = self._now()
+        return obs, won.astype(float), terminated, truncated, info
 
-    def _info(self):
-        return {"success": self.success.copy(), "family": [FAMILIES[f] for f in self.task[:, 0]]}
-
-    def _observe(self):
-        return {"image": self.image.copy(), "instruction": list(self.instructions)}
+    def _now(self):
+        """-> obs, info"""
+        return {"image": self.image.copy(), "instruction": list(self.instructions)}, \
+            {"success": self.success.copy(), "family": [FAMILIES[f] for f in self.task[:, 0]]}
 
     # -------------------------------------------------------------- physics and success
 
@@ -239,7 +236,7 @@ class TableTop:
         """Draw the looks of each table: colours float [B, 4, 3] in 0..255, ground [B, S, S, 3]"""
         B, S, rng = self.batch, self.size, self.rng
         self.palette = np.tile(np.array(list(COLORS.values()), np.float32), (B, 1, 1))
-        base = {"robot": (206, 212, 218), "human": (196, 164, 124)}[self.embodiment]
+        base = {"robot": (206, 212, 218), "human": (112, 84, 62)}[self.embodiment]
         y, x = np.mgrid[0:S, 0:S].astype(np.float32) / S
         ground = np.tile(np.array(base, np.float32), (S, S, 1))
         if self.embodiment == "human":  # planks
@@ -289,7 +286,7 @@ class TableTop:
             paint(tip, disc(TIP_RADIUS + 0.015), np.float32((38, 40, 48)))
             paint(tip, disc(TIP_RADIUS - 0.034), np.float32((236, 238, 242)))
         else:  # a fist and a stub of forearm
-            skin = np.float32((222, 170, 140))
+            skin = np.float32((240, 196, 166))
             paint(tip, _forearm, 0.86 * skin, reach=0.2)
             paint(tip, disc(TIP_RADIUS + 0.012), 0.8 * skin)
             paint(tip, disc(TIP_RADIUS - 0.002), skin)
@@ -301,21 +298,8 @@ def _forearm(dx, dy):
     return 0.035 - np.hypot(dx - 0.35 * along, dy - along)
 
 
-def _circle(dx, dy):
-    return BLOCK_RADIUS - np.hypot(dx, dy)
-
-
-def _square(dx, dy):
-    return 0.87 * BLOCK_RADIUS - np.maximum(np.abs(dx), np.abs(dy))
-
-
-def _triangle(dx, dy):
-    return np.minimum(0.045 - dy, 0.045 + 0.5 * dy - 0.866 * np.abs(dx))
-
-
-def _star(dx, dy):
-    angle = np.arctan2(dx, -dy)
-    return BLOCK_RADIUS * (0.86 + 0.30 * np.cos(5 * angle)) - np.hypot(dx, dy)
-
-
-OUTLINES = (_circle, _square, _triangle, _star)  # distance inside the outline of each block
+OUTLINES = (  # distance inside the outline of each block: circle, square, triangle, star
+    lambda dx, dy: BLOCK_RADIUS - np.hypot(dx, dy),
+    lambda dx, dy: 0.87 * BLOCK_RADIUS - np.maximum(np.abs(dx), np.abs(dy)),
+    lambda dx, dy: np.minimum(0.045 - dy, 0.045 + 0.5 * dy - 0.866 * np.abs(dx)),
+    lambda dx, dy: BLOCK_RADIUS * (0.86 + 0.3 * np.cos(5 * np.arctan2(dx, -dy))) - np.hypot(dx, dy))
