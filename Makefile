@@ -80,15 +80,14 @@ $(OUT)/evaluate/results.json: $(OUT)/finetune/summary.json $(OUT)/scratch/summar
 	  --out $(OUT)/evaluate $(call named,evaluate)
 
 # ------------------------------------------------------------------ the comparison
-# `make arms OUT=runs/table/seed0 SEED=0` is one seed of it.  Every arm starts from the same base and
-# is finetuned on the same labelled robot episodes; the _human arms see no robot video before that.
-ARMS   := LAPA VPT ACTIONVLA LAPA_human VPT_human
+# `make arms OUT=runs/table/seed1 SEED=1` is one seed of it.  Every arm starts from the same base and is
+# finetuned on the same labelled robot episodes; the _human arms see no robot video before that.
+ARMS   := VPT ACTIONVLA LAPA_human VPT_human
 video   = data/$(if $(findstring human,$(1)),human,tabletop)
-teacher = $(OUT)/quantize$(if $(findstring human,$(1)),-human)
-LABELS_LAPA      = --labels latent --laq $(call teacher,$(1))
+LABELS_LAPA      = --labels latent --laq $(OUT)/quantize-human
 LABELS_VPT       = --labels idm --labelled_data data/tabletop --labelled_where combination=seen
 LABELS_ACTIONVLA = --labels action
-labels  = $(call LABELS_$(firstword $(subst _, ,$(1))),$(1))
+labels  = $(LABELS_$(firstword $(subst _, ,$(1))))
 comma  := ,
 empty  :=
 list    = $(subst $(empty) ,$(comma),$(strip $(1)))
@@ -98,7 +97,7 @@ $(OUT)/quantize-human/summary.json: data/human/episodes.jsonl | .venv/ready
 
 define ARM
 $(OUT)/$(1)/pretrain/summary.json: $(OUT)/base/summary.json data/tabletop/episodes.jsonl \
-  $(call video,$(1))/episodes.jsonl $(if $(findstring LAPA,$(1)),$(call teacher,$(1))/summary.json)
+  $(call video,$(1))/episodes.jsonl $(if $(findstring LAPA,$(1)),$(OUT)/quantize-human/summary.json)
 	$(PY) pretrain.py --data $(call video,$(1)) $(call labels,$(1)) --init_from $(OUT)/base \
 	  --out $(OUT)/$(1)/pretrain $(SAME)
 $(OUT)/$(1)/finetune/summary.json: $(OUT)/$(1)/pretrain/summary.json
@@ -108,19 +107,22 @@ $(foreach arm,$(ARMS),$(eval $(call ARM,$(arm))))
 
 .PHONY: arms
 arms: $(OUT)/arms/results.json
-$(OUT)/arms/results.json: $(OUT)/scratch/summary.json $(ARMS:%=$(OUT)/%/finetune/summary.json)
-	$(PY) evaluate.py --out $(OUT)/arms --seed $(SEED)000 --film 0 \
-	  --policies SCRATCH=$(OUT)/scratch,$(call list,$(foreach a,$(ARMS),$(a)=$(OUT)/$(a)/finetune))
+$(OUT)/arms/results.json: $(OUT)/finetune/summary.json $(OUT)/scratch/summary.json \
+  $(ARMS:%=$(OUT)/%/finetune/summary.json)
+	$(PY) evaluate.py --out $(OUT)/arms --seed $(SEED)000 --film 0 --policies $(call list, \
+	  RANDOM=random SCRATCH=$(OUT)/scratch LAPA=$(OUT)/finetune \
+	  $(foreach a,$(ARMS),$(a)=$(OUT)/$(a)/finetune))
 
-# Two processes of one thread each beat one process of two threads here.
-SEEDS := 0 1 2
-TABLE := runs/table
+# Two processes of one thread each beat one process of two threads here.  The first seed is the run
+# of `make` itself.
+SEEDS  := 0 1 2
+TABLE  := runs/table
+run_of  = $(if $(filter $(SEED),$(1)),$(OUT),$(TABLE)/seed$(1))
 table: $(TABLE)/table.md
 $(TABLE)/table.md: | data data/human/episodes.jsonl
-	for seed in $(SEEDS); do \
-	  OMP_NUM_THREADS=1 $(MAKE) -j2 arms OUT=$(TABLE)/seed$$seed SEED=$$seed || exit; done
+	$(foreach s,$(SEEDS),OMP_NUM_THREADS=1 $(MAKE) -j2 arms OUT=$(call run_of,$(s)) SEED=$(s) && ) true
 	$(PY) evaluate.py table --out $@ \
-	  --results $(call list,$(SEEDS:%=$(TABLE)/seed%/arms/results.json))
+	  --results $(call list,$(foreach s,$(SEEDS),$(call run_of,$(s))/arms/results.json))
 
 # ------------------------------------------------------------------ housekeeping
 test: | .venv/ready
