@@ -55,7 +55,7 @@ $(OUT)/quantize/summary.json: $(DATA)/episodes.jsonl | .venv/ready
 base: $(OUT)/base/summary.json
 CAPTION = $(RUN) pretrain.py --labels caption --data data/scenes --lr 1.5e-3 $(SAME)
 $(OUT)/captions/summary.json: data/scenes/episodes.jsonl | .venv/ready
-	$(CAPTION) --out $(OUT)/captions --where task=describe --steps 400 --final_lr 1
+	$(CAPTION) --out $(OUT)/captions --where task=describe --steps 500 --final_lr 1
 $(OUT)/base/summary.json: $(OUT)/captions/summary.json
 	$(CAPTION) --out $(OUT)/base --init_from $(OUT)/captions --freeze_vision false --steps 900 \
 	  $(call named,base)

@@ -236,7 +236,7 @@ class TableTop:
         """Draw the looks of each table: colours float [B, 4, 3] in 0..255, ground [B, S, S, 3]"""
         B, S, rng = self.batch, self.size, self.rng
         self.palette = np.tile(np.array(list(COLORS.values()), np.float32), (B, 1, 1))
-        base = {"robot": (206, 212, 218), "human": (112, 84, 62)}[self.embodiment]
+        base = {"robot": (206, 212, 218), "human": (222, 200, 168)}[self.embodiment]
         y, x = np.mgrid[0:S, 0:S].astype(np.float32) / S
         ground = np.tile(np.array(base, np.float32), (S, S, 1))
         if self.embodiment == "human":  # planks
@@ -286,7 +286,7 @@ class TableTop:
             paint(tip, disc(TIP_RADIUS + 0.015), np.float32((38, 40, 48)))
             paint(tip, disc(TIP_RADIUS - 0.034), np.float32((236, 238, 242)))
         else:  # a fist and a stub of forearm
-            skin = np.float32((240, 196, 166))
+            skin = np.float32((112, 72, 52))
             paint(tip, _forearm, 0.86 * skin, reach=0.2)
             paint(tip, disc(TIP_RADIUS + 0.012), 0.8 * skin)
             paint(tip, disc(TIP_RADIUS - 0.002), skin)
