@@ -306,3 +306,36 @@ def test_adopt_names_fresh_tensors_and_refuses_misshapen_ones(vla):
     del source["norm.weight"]
     with pytest.raises(ValueError, match="missing: norm.weight"):
         heir.adopt(source)
+
+
+def test_a_residual_decoder_begins_with_nothing_moving():
+    torch.manual_seed(0)
+    frame = torch.rand(2, 3, 32, 32)
+    net = LAQ(LAQConfig(**{**SMALL, "residual": True}))
+    codes = torch.randint(8, (2, net.config.code_len))
+    assert torch.equal(net.imagine(frame, codes), frame)
+    net.config.residual = False
+    assert not net.imagine(frame, codes).any()  # its head begins at zero
+
+
+def test_fresh_tables_begin_where_the_body_can_read():
+    shape, tags = dict(dim=32, layers=1, heads=2, mlp=48, text_vocab=12), {LATENT: 6, ACTION: 8}
+    base = VLA(VLAConfig(**shape, latent_vocab=0))
+    lapa, scratch = VLA(VLAConfig(**shape)), VLA(VLAConfig(**shape, latent_vocab=0, action_vocab=5))
+    assert lapa.adopt(base.state_dict(), tags) == ["latent_embed.weight", "latent_head.weight"]
+    scratch.adopt(base.state_dict(), tags)
+    words = base.text_embed.weight
+    assert torch.equal(lapa.latent_embed.weight, words[6].expand(8, -1))
+    assert torch.equal(scratch.action_embed.weight, words[8].expand(5, -1))
+    assert torch.equal(scratch.text_embed.weight, words)
+
+    torch.nn.init.normal_(lapa.latent_embed.weight)
+    robot = VLA(VLAConfig(**shape, latent_vocab=0, action_vocab=5))
+    robot.adopt(lapa.state_dict(), tags)  # actions follow on latent actions, tag and all
+    assert torch.equal(robot.action_embed.weight, lapa.latent_embed.weight.mean(0).expand(5, -1))
+    assert torch.equal(robot.text_embed.weight[8], words[6])
+    kept = [i for i in range(12) if i != 8]
+    assert torch.equal(robot.text_embed.weight[kept], words[kept])
+    fresh = VLA(VLAConfig(**shape, latent_vocab=0, action_vocab=5))  # official: random rows
+    fresh.adopt(lapa.state_dict())
+    assert len(fresh.action_embed.weight.unique(dim=0)) == 5
