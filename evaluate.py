@@ -164,7 +164,8 @@ def markdown(runs):
         values = [row["success"] for row in rows]
         error = np.std(values, ddof=1) / len(runs) ** 0.5 if len(runs) > 1 else rows[0]["se"]
         return f"{np.mean(values):.1f} ± {error:.1f}"
-    what = "success %" + (f", mean of {len(runs)} seeds" if len(runs) > 1 else "")
+    n = next(iter(runs[0][next(iter(runs[0]))].values()))["n"]
+    what = f"success % of {n}" + (f", mean of {len(runs)} seeds" if len(runs) > 1 else "")
     head = [f"{what} (± standard error)"] + [f or f"**{s}**" for s, f in columns]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     lines += ["| " + " | ".join([name.replace("_", " "), *(cell(name, *c) for c in columns)]) + " |"

@@ -153,8 +153,8 @@ def answers_for(c, processes, dataset, train_set, held_out):
         answers, kept = [e.info["captions"] for e in both], {}
     elif c.labels == "latent":
         path = Path(c.latents or Path(c.laq) / "labels.safetensors")
-        answers, kept = data.load_labels(path, dataset, both)
         mark = common.fingerprint(common.find_checkpoint(c.laq, "laq"))
+        answers, kept = data.load_labels(path, dataset, both)
         window = common.load_checkpoint(c.laq, "laq", ("quantize",))[1]["window"]
         if kept["window"] != window:
             common.fail(f"{path}: made with a window of {kept['window']} s, --laq {c.laq} has "
