@@ -10,6 +10,7 @@ combinations that the labelled few may show, "unseen" ones the rest (see tableto
 
 import json
 import sys
+import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,7 +174,7 @@ def markdown(runs):
     return "\n".join(lines) + "\n"
 
 
-def draw_film(films, path, size=128, head=26):
+def draw_film(films, path, size=150, head=42):
     """An animated GIF: one row a policy, a few rollouts side by side, the instruction above each"""
     count, length = films[0][1].shape[0], max(film.shape[1] for _, film, _, _ in films)
     width, height = count * (size + 4) + 4, len(films) * (size + head)
@@ -187,7 +188,7 @@ def draw_film(films, path, size=128, head=26):
                 over = t >= film.shape[1] - 1
                 pen.text((x, y + 1), f"{name}" + (": success" if over and won[i] else ": failed"
                                                   if over else ""), fill="black")
-                pen.text((x, y + 12), said[i].replace("the ", "")[:22], fill="black")
+                pen.text((x, y + 12), "\n".join(textwrap.wrap(said[i], 24)), fill="black")
                 frame = Image.fromarray(film[i, min(t, film.shape[1] - 1)])
                 page.paste(frame.resize((size, size), Image.BICUBIC), (x, y + head))
         pages.append(page.quantize(128))
