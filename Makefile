@@ -10,7 +10,6 @@ SEED   ?= 0
 BUILTIN := $(filter data/tabletop data/human,$(DATA))
 WHERE   ?= $(if $(BUILTIN),combination=seen)
 BASE    ?= $(if $(BUILTIN),$(OUT)/base)
-SCENES  := data/scenes
 
 PY  := .venv/bin/python
 RUN := $(if $(filter 1,$(NPROC)),$(PY),.venv/bin/torchrun --nproc_per_node $(NPROC))

@@ -273,7 +273,7 @@ class Run:
                 if theirs.get(key) != identity[key]:
                     fail(f"--out {self.out} was made with {key} = {theirs.get(key)}, this run has "
                          f"{identity[key]}: remove it or pass another --out")
-            self.start, self.weights, self.meta = meta["step"], weights, meta
+            self.start, self.weights = meta["step"], weights
             self.state = torch.load(self.found / "training.pt", weights_only=True)
         processes.barrier()
         if processes.main:

@@ -259,7 +259,7 @@ def train(c, given):
     for step in run.loop("rows"):
         common.seed_step(c.seed, step, processes.rank)
         batch = next(batches)
-        if kind != TEXT:  # wherever the camera looks, the motion is the same
+        if kind != TEXT and c.shift:  # wherever the camera looks, the motion is the same
             batch["images"] = data.random_shift(batch["images"], c.shift)
         loss, right = loss_of(model, batch, kind, c.soft_bins)
         loss.backward()

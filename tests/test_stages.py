@@ -167,7 +167,8 @@ REFUSALS = [
     (f"quantize.py {SHORT} --data DIR/table --out OUT --code_len 3", "code_len"),
     (f"{PRETRAIN} --laq DIR/none --out OUT", "--laq DIR/none"),
     (f"{PRETRAIN} --labels guess --out OUT", "--labels 'guess'"),
-    (f"{PRETRAIN} --laq BAD/laq --latents DIR/labels.safetensors --out OUT", "label again"),  # another LAQ's
+    # labels of another LAQ
+    (f"{PRETRAIN} --laq BAD/laq --latents DIR/labels.safetensors --out OUT", "label again"),
     (f"{PRETRAIN} --laq DIR/laq --latents BAD/labels.safetensors --out OUT", "window"),
     (f"{PRETRAIN} --laq DIR/laq --latents BAD/laq/labels.safetensors --out OUT", "another dataset"),
     (f"{PRETRAIN} --labels caption --out OUT", "field captions"),
