@@ -73,7 +73,7 @@ class TableTop:
     """A batch of tables.
 
     batch: number of tables; embodiment: "robot" (a compact gripper) or "human" (a hand with a
-    forearm, other table, slower); look: "plain" or "real" (palette, wood grain and lighting drawn
+    thumb, other table, slower); look: "plain" or "real" (palette, wood grain and lighting drawn
     anew for each table); split: which tasks, see `tasks`; families: subset of FAMILIES;
     size: pixels; max_steps: steps until `truncated`."""
 
@@ -285,17 +285,17 @@ class TableTop:
         if self.embodiment == "robot":
             paint(tip, disc(TIP_RADIUS + 0.015), np.float32((38, 40, 48)))
             paint(tip, disc(TIP_RADIUS - 0.034), np.float32((236, 238, 242)))
-        else:  # a fist and a stub of forearm
+        else:  # a fist and its thumb
             skin = np.float32((112, 72, 52))
-            paint(tip, _forearm, 0.86 * skin, reach=0.2)
+            paint(tip, _thumb, 0.86 * skin)
             paint(tip, disc(TIP_RADIUS + 0.012), 0.8 * skin)
             paint(tip, disc(TIP_RADIUS - 0.002), skin)
         return np.clip(canvas * self.gain[which], 0, 255).astype(np.uint8)
 
 
-def _forearm(dx, dy):
-    along = np.clip((0.35 * dx + dy) / (0.35**2 + 1), 0, 0.14)
-    return 0.035 - np.hypot(dx - 0.35 * along, dy - along)
+def _thumb(dx, dy):
+    along = np.clip((dx + dy) / 2, 0, 0.05)
+    return 0.03 - np.hypot(dx - along, dy - along)
 
 
 OUTLINES = (  # distance inside the outline of each block: circle, square, triangle, star
