@@ -50,7 +50,7 @@ class FinetuneConfig:
 
 
 PRESETS = {
-    "tiny": dict(labelled=50, soft_bins=8.0, steps=150, batch=64, lr=1e-4, head_lr=20.0, warmup=10,
+    "tiny": dict(labelled=100, soft_bins=8.0, steps=150, batch=64, lr=4e-4, head_lr=10.0, warmup=10,
                  final_lr=0.1, shift=0.0625, like_tag=True, freeze_table=True),
     "base": dict(soft_bins=8.0, lr=1e-4, head_lr=4.0, warmup=50, final_lr=0.1, shift=0.0625,
                  like_tag=True, freeze_table=True),

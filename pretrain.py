@@ -57,7 +57,7 @@ class PretrainConfig(VLAConfig):
     bins: int = 256  # action labels: bins a dimension
     soft_bins: float = 0.0  # action labels: width, in bins, of a Gaussian around the true one
     binary: str = ""  # action labels: dimensions with two values (grippers), e.g. 6
-    labelled: int = 50  # idm: labelled episodes the inverse dynamics model may learn from
+    labelled: int = 100  # idm: labelled episodes the inverse dynamics model may learn from
     labelled_data: str = ""  # idm: where they are; empty: --data
     labelled_where: str = ""  # idm: and which, e.g. combination=seen
     idm_steps: int = 400  # idm: steps of 64 pairs
