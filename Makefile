@@ -6,7 +6,8 @@ DATA   ?= data/tabletop
 NPROC  ?= 1
 ARGS   ?=
 SEED   ?= 0
-# Where a dataset other than the built-in one is given, there is no base phase and no instruction split.
+override DATA := $(DATA:/=)
+# Another dataset than the built-in one has no base phase, no instruction split and no rollouts.
 BUILTIN := $(filter data/tabletop data/human,$(DATA))
 WHERE   ?= $(if $(BUILTIN),combination=seen)
 BASE    ?= $(if $(BUILTIN),$(OUT)/base)
@@ -17,7 +18,7 @@ SAME = --preset $(PRESET) --seed $(SEED) --resume true
 FROM = $(if $(BASE),--init_from $(BASE))
 
 .PHONY: all help setup data base quantize pretrain finetune scratch evaluate table test clean
-all: evaluate
+all: $(if $(BUILTIN),evaluate,finetune)
 
 help:
 	@echo "make [setup|data|quantize|pretrain|finetune|evaluate|table|test|clean]"
@@ -117,10 +118,9 @@ $(OUT)/arms/results.json: $(OUT)/finetune/summary.json $(OUT)/scratch/summary.js
 SEEDS  := 0 1 2
 TABLE  := runs/table
 run_of  = $(if $(filter $(SEED),$(1)),$(OUT),$(TABLE)/seed$(1))
-table: $(TABLE)/table.md
-$(TABLE)/table.md: | data data/human/episodes.jsonl
+table: data data/human/episodes.jsonl
 	$(foreach s,$(SEEDS),OMP_NUM_THREADS=1 $(MAKE) -j2 arms OUT=$(call run_of,$(s)) SEED=$(s) && ) true
-	$(PY) evaluate.py table --out $@ \
+	$(PY) evaluate.py table --out $(TABLE)/table.md \
 	  --results $(call list,$(foreach s,$(SEEDS),$(call run_of,$(s))/arms/results.json))
 
 # ------------------------------------------------------------------ housekeeping

@@ -1,5 +1,6 @@
 """What the stages share: command lines, processes, checkpoints, logs.  No stage or model."""
 
+import contextlib
 import dataclasses
 import hashlib
 import inspect
@@ -26,8 +27,16 @@ def fail(message):
     raise SystemExit(2)
 
 
-# ------------------------------------------------------------------------ command line
+@contextlib.contextmanager
+def refuse(what, kinds=(ValueError, OSError)):
+    """Inside it an error of these kinds becomes one line that begins with `what`"""
+    try:
+        yield
+    except kinds as error:
+        fail(f"{what}: {error}")
 
+
+# ------------------------------------------------------------------------ command line
 
 def option_help(cls):
     """Field name -> the comment that stands behind it in the dataclass's source"""
@@ -35,18 +44,18 @@ def option_help(cls):
     return dict(re.findall(r"^    (\w+): [^#\n]*(?:# *(.*))?$", source, re.MULTILINE))
 
 
-def parse_value(name, text, kind):
+def parse_value(name, text, kind, least=0):
     """One option's text as bool, int, float or str; refuses by name."""
     try:
         if kind is bool:
             return {"true": True, "1": True, "yes": True,
                     "false": False, "0": False, "no": False}[text.lower()]
         value = int(text.replace("_", "")) if kind is int else kind(text)
-        if kind is not str and not 0 <= value < float("inf"):
+        if kind is not str and not (least if kind is int else 0) <= value < 2**63:
             raise ValueError
         return value
     except (ValueError, KeyError):
-        expected = {bool: "true or false", int: "a whole number, 0 or more",
+        expected = {bool: "true or false", int: f"a whole number, {least} or more",
                     float: "a number, 0 or more"}[kind]
         fail(f"--{name} {text!r}: expected {expected}")
 
@@ -56,13 +65,13 @@ def parse_options(cls, argv, presets=None, usage="", positional=()):
 
     Options are written `--name value` or `--name=value`.  `presets` is a table of named sizes,
     chosen by the field `preset`: named options beat the preset, which beats the defaults.
-    `positional` names those that may stand without their name, in order."""
+    `positional` names those that may stand without their name, in order.  A whole number may be 0
+    where that is its default or its comment tells what 0 means."""
     presets, positional = presets or {}, list(positional)
-    kinds = typing.get_type_hints(cls)
+    kinds, comments = typing.get_type_hints(cls), option_help(cls)
     known = {f.name: f.default for f in dataclasses.fields(cls)}
     if "-h" in argv or "--help" in argv:
         print(f"usage: {usage}\n")
-        comments = option_help(cls)
         for name, default in known.items():
             shown = "required" if default is dataclasses.MISSING else repr(default)
             print(f"  --{name:<16} {shown:<14} {comments.get(name, '')}".rstrip())
@@ -84,18 +93,18 @@ def parse_options(cls, argv, presets=None, usage="", positional=()):
             if not rest or rest[0].startswith("--"):
                 fail(f"--{name} needs a value")
             text = rest.pop(0)
-        given[name] = parse_value(name, text, kinds[name])
+        zero = known[name] == 0 or name == "seed" or "0: " in comments.get(name, "")
+        given[name] = parse_value(name, text, kinds[name], least=0 if zero else 1)
     chosen = given.get("preset", known.get("preset"))
     if presets and chosen not in presets:
         fail(f"--preset {chosen!r}: expected one of {', '.join(presets)}")
     for name, default in known.items():
         if default is dataclasses.MISSING and name not in given:
-            fail(f"--{name} is required: {option_help(cls).get(name, '')}")
+            fail(f"--{name} is required: {comments.get(name, '')}")
     return cls(**{**presets.get(chosen, {}), **given}), set(given)
 
 
 # ------------------------------------------------------------------------ processes
-
 
 class Processes:
     """This process among its peers: rank, world size, device.  Under torchrun, gloo or nccl."""
@@ -184,7 +193,6 @@ def seed_step(seed, step, rank=0):
 
 # ------------------------------------------------------------------------ files
 
-
 def write_atomically(path, text):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -197,8 +205,7 @@ def save_checkpoint(out, step, weights, meta, texts=None, state=None):
     """Write OUT/step_00000123 whole or not at all, point OUT/latest at it, drop earlier ones.
 
     weights: name -> tensor, as model.safetensors; meta: dict, as config.json (step is added);
-    texts: file name -> text, e.g. the tokenizer; state: what only resuming needs, as training.pt.
-    """
+    texts: file name -> text, e.g. the tokenizer; state: for resuming alone, as training.pt."""
     out = Path(out)
     final, draft = out / f"step_{step:08d}", out / f".draft.{os.getpid()}"
     shutil.rmtree(draft, ignore_errors=True)
@@ -230,24 +237,32 @@ def find_checkpoint(path, option):
     return path
 
 
-def load_checkpoint(path, option, stage):
-    """-> weights (name -> tensor), meta (config.json).  Refuses unreadable files, other stages."""
+def read_meta(path, option, stages):
+    """config.json of a checkpoint.  Refuses unreadable ones and those of other stages."""
     path = find_checkpoint(path, option)
-    try:
+    with refuse(f"--{option} {path}: unreadable checkpoint"):
         meta = json.loads((path / "config.json").read_text())
-        weights = load_file(path / "model.safetensors")
-    except (ValueError, OSError, SafetensorError) as error:
-        fail(f"--{option} {path}: unreadable checkpoint: {error}")
-    if meta.get("stage") not in stage:
-        fail(f"--{option} {path}: holds stage {meta.get('stage')!r}, expected {' or '.join(stage)}")
-    return weights, meta
+        if not isinstance(meta, dict) or not {"stage", "model", "step"} <= meta.keys():
+            raise ValueError("config.json lacks stage, model or step")
+    if meta["stage"] not in stages:
+        fail(f"--{option} {path}: holds stage {meta['stage']!r}, expected {' or '.join(stages)}")
+    return meta
+
+
+def load_checkpoint(path, option, stages):
+    """-> weights (name -> tensor), meta (config.json).  Refuses as read_meta does."""
+    meta, path = read_meta(path, option, stages), find_checkpoint(path, option)
+    with refuse(f"--{option} {path}: unreadable checkpoint", (OSError, SafetensorError)):
+        return load_file(path / "model.safetensors"), meta
 
 
 def fingerprint(path):
     """12 hex digits that name a checkpoint's weights"""
+    digest = hashlib.sha256()
     with open(Path(path) / "model.safetensors", "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:12] \
-            if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()[:12]
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()[:12]
 
 
 class Run:
@@ -260,28 +275,29 @@ class Run:
         self.out, self.processes, self.steps = Path(config.out), processes, config.steps
         self.save_every, self.stage, self.identity = config.save_every, stage, identity
         self.start, self.state, self.found = 0, None, None
-        if config.steps < 1:
-            fail("--steps: expected at least 1")
         if (self.out / "latest").is_file():
             self.found = self.out / (self.out / "latest").read_text().strip()
             weights, meta = load_checkpoint(self.found, "out", (stage,))
             if not config.resume:
                 fail(f"--out {self.out} already holds a checkpoint of step {meta['step']}: pass "
                      "--resume true to continue it, or another --out")
-            theirs = meta.get("identity", {})
-            for key in identity:
-                if theirs.get(key) != identity[key]:
-                    fail(f"--out {self.out} was made with {key} = {theirs.get(key)}, this run has "
-                         f"{identity[key]}: remove it or pass another --out")
+            for key, mine in identity.items():
+                if (theirs := meta.get("identity", {}).get(key)) != mine:
+                    fail(f"--out {self.out} was made with {key} = {theirs}, this run has {mine}: "
+                         "remove it or pass another --out")
             self.start, self.weights = meta["step"], weights
-            self.state = torch.load(self.found / "training.pt", weights_only=True)
+            if self.start > self.steps:
+                fail(f"--steps {self.steps}: --out {self.out} has done {self.start} already")
+            with refuse(f"--out {self.found}: cannot be continued", Exception):
+                self.state = torch.load(self.found / "training.pt", weights_only=True)
         processes.barrier()
         if processes.main:
-            self.out.mkdir(parents=True, exist_ok=True)
+            with refuse(f"--out {self.out}"):
+                self.out.mkdir(parents=True, exist_ok=True)
             log = self.out / "metrics.jsonl"
             lines = log.read_text().splitlines() if log.is_file() and self.start else []
-            lines = [line for line in lines if json.loads(line)["step"] <= self.start]
-            log.write_text("".join(line + "\n" for line in lines))
+            done = lambda line: line.endswith("}") and json.loads(line)["step"] <= self.start
+            log.write_text("".join(line + "\n" for line in filter(done, lines)))
             self.log = open(log, "a")
         self.began = time.time()
 
@@ -290,6 +306,7 @@ class Run:
         if self.state is not None:
             model.load_state_dict(self.weights)
             optimizer.load_state_dict(self.state["optimizer"])
+            self.weights = self.state = None
             self.processes.say(f"resuming {self.out} at step {self.start}")
 
     def loop(self, unit):

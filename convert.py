@@ -47,9 +47,8 @@ def laq_from_official(state, image_size=None):
     """Official LAQ state_dict (with or without the `module.` prefix) -> LAQ, strictly loaded.
 
     The configuration is read off the tensors' shapes; the two quirks that the weights depend on are
-    switched on.  image_size defaults to the 8 patches a side that codes of length 1, 2 and 4 need.
-    Raises ValueError naming missing, extra or misshapen tensors, a non-zero beta, or an odd shape.
-    """
+    switched on.  image_size defaults to the 8 patches a side that codes of length 1, 2 and 4 need;
+    longer codes need it given.  Raises ValueError naming wrong tensors, or an odd shape."""
     weights = {}
     for name, tensor in state.items():
         if name.endswith(".beta"):
@@ -74,12 +73,14 @@ def laq_from_official(state, image_size=None):
     patch = math.isqrt(pixels // 3)
     second = weights.get("quantizer.cnn.2.weight")
     lengths = {(4, 4): 1, (3, 4): 2, (3, 3): 4}  # kernel of the second convolution -> code_len
-    code_len = lengths[tuple(second.shape[2:])] if second is not None else None
-    image_size = image_size or 8 * patch
-    if code_len is None:
+    if second is None:
+        if not image_size:
+            raise ValueError("pass --image_size: the tensors of so long a code do not tell it")
         code_len = math.ceil(image_size / patch / 2) ** 2
-    elif image_size // patch > 8:  # two stride-2 convolutions
+    elif (image_size := image_size or 8 * patch) // patch > 8:  # two stride-2 convolutions
         code_len = math.ceil(image_size / patch / 4) ** 2
+    else:
+        code_len = lengths.get(tuple(second.shape[2:]), 0)
     config = LAQConfig(
         image_size=image_size, patch_size=patch, dim=dim,
         spatial_depth=depth("spatial_encoder"), temporal_depth=depth("temporal_encoder"),
@@ -118,7 +119,8 @@ def convert(c):
         common.fail(f"{source}: cannot be read as tensors ({type(error).__name__})")
     meta = {"stage": "quantize", "model": model.config.__dict__, "window": c.window,
             "source": source.name}
-    print(f"wrote {common.save_checkpoint(c.out, 0, model.state_dict(), meta)}")
+    path = common.save_checkpoint(c.out, 0, model.state_dict(), meta)
+    print(f"wrote {path}: code_len {model.config.code_len}, image_size {model.config.image_size}")
 
 
 if __name__ == "__main__":

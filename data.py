@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryFile
 from threading import Lock, get_ident
 
 import numpy as np
@@ -35,7 +36,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
 
 import tabletop
-from common import fail, parse_options
+from common import fail, parse_options, refuse
 from model import ACTION, LATENT, TEXT, VISION
 
 LOADING = Lock()  # CPython 3.11 parses .npy headers wrongly when several threads do it at once
@@ -44,7 +45,6 @@ FFMPEG_HINT = "ffmpeg is not installed (apt install ffmpeg, or pip install image
 
 
 # ------------------------------------------------------------------------ episodes
-
 
 @dataclass
 class Episode:
@@ -65,11 +65,9 @@ class Dataset:
     episodes: list = field(default_factory=list)
 
     def split(self, held_out):
-        """-> (training episodes, held-out episodes).
-
-        Episodes whose `split` is anything but "train" are held out; where none has that field, the
-        `held_out` episodes whose id has the smallest SHA-256 are, so that adding an episode
-        never moves more than one other across."""
+        """-> (training episodes, held-out episodes): those whose `split` is not "train" or, where
+        none has that field, the `held_out` ones whose id has the smallest SHA-256, so that adding
+        an episode never moves more than one other across."""
         if any("split" in e.info for e in self.episodes):
             late = {e.id for e in self.episodes if e.info.get("split", "train") != "train"}
         else:
@@ -98,10 +96,8 @@ def parse_where(text):
 
 
 def open_dataset(path, size, where="", actions_needed=False):
-    """Validate a dataset and open it at size x size pixels; exits with every defect listed.
-
-    Only the episodes that match `where` ("embodiment=robot,task=push") are decoded and returned.
-    """
+    """Validate a dataset and open it at size x size pixels; exits with every defect listed.  Only
+    the episodes that match `where` ("embodiment=robot,task=push") are decoded and returned."""
     path = Path(path)
     index = path / "episodes.jsonl"
     if not index.is_file():
@@ -111,9 +107,6 @@ def open_dataset(path, size, where="", actions_needed=False):
     rows = [r for r in rows if all(str(r.get(k)) == v for k, v in conditions)]
     if not rows and not problems:
         fail(f"{index}: no episode" + (f" with {where}" if where else ""))
-    if any(_kind(path / r["video"]) == "file" for r in rows if isinstance(r.get("video"), str)) \
-            and not _ffmpeg():
-        fail(f"{index}: field video: {FFMPEG_HINT}")
 
     def load(row):
         bad = []
@@ -135,7 +128,7 @@ def open_dataset(path, size, where="", actions_needed=False):
                  f"{common_width} in most other episodes" for e in episodes
                  if e.actions is not None and e.actions.shape[1] != common_width]
     if problems:
-        shown = "\n  ".join(problems[:200])
+        shown = "\n  ".join(problems)
         fail(f"{len(problems)} defects in {path}\n  {shown}" if problems[1:] else shown)
     mark = hashlib.sha256(index.read_bytes()).hexdigest()[:12]
     return Dataset(path, mark, episodes)
@@ -144,7 +137,9 @@ def open_dataset(path, size, where="", actions_needed=False):
 def _read_rows(index):
     """-> rows that are JSON objects, and the defects that need no decoding"""
     rows, problems, seen = [], [], Counter()
-    for number, line in enumerate(index.read_text(encoding="utf-8").splitlines(), 1):
+    with refuse(f"{index}"):
+        lines = index.read_text(encoding="utf-8-sig").split("\n")
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -220,7 +215,7 @@ def _load_actions(root, text, T, bad):
         with LOADING:
             actions = np.load(path)
         actions = actions.astype(np.float32, casting="same_kind")
-    except (OSError, ValueError, TypeError, EOFError) as error:
+    except (OSError, ValueError, TypeError, EOFError, AttributeError) as error:
         return bad.append(("actions", f"{path} is no array of numbers: {error}"))
     if actions.ndim != 2 or actions.shape[1] == 0 or \
             (T is not None and len(actions) not in (T - 1, T)):
@@ -233,7 +228,6 @@ def _load_actions(root, text, T, bad):
 
 
 # ------------------------------------------------------------------------ frames
-
 
 def cached_frames(video, size):
     """Frames of one video at size x size as a memory-mapped uint8 array [T, size, size, 3].
@@ -280,20 +274,26 @@ def _image_files(folder):
 
 @lru_cache
 def _ffmpeg():
-    if shutil.which("ffmpeg"):
-        return shutil.which("ffmpeg")
-    try:
-        import imageio_ffmpeg
-        return imageio_ffmpeg.get_ffmpeg_exe()
-    except (ImportError, RuntimeError):
-        return None
+    """-> ffmpeg, and its option that hands every frame over once; versions before 5.1 differ"""
+    program = shutil.which("ffmpeg")
+    if not program:
+        try:
+            import imageio_ffmpeg
+            program = imageio_ffmpeg.get_ffmpeg_exe()
+        except (ImportError, RuntimeError):
+            raise ValueError(FFMPEG_HINT) from None
+    known = subprocess.run([program, "-hide_banner", "-h", "long"], capture_output=True).stdout
+    return program, "-fps_mode" if b"-fps_mode" in known else "-vsync"
 
 
 def _decode(video):
     """Yield the frames uint8 [H, W, 3] of a video file; ffmpeg hands them over as PPM pictures."""
-    command = [_ffmpeg(), "-v", "error", "-nostdin", "-threads", "1", "-i", str(video), "-map",
-               "0:v:0", "-fps_mode", "passthrough", "-f", "image2pipe", "-c:v", "ppm", "-"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    program, each_once = _ffmpeg()
+    command = [program, "-v", "error", "-nostdin", "-threads", "1", "-i", str(video), "-map",
+               "0:v:0", each_once, "passthrough", "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt",
+               "rgb24", "-"]
+    with TemporaryFile() as said, \
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said) as process:
         pipe = process.stdout
         while pipe.readline() == b"P6\n":
             width, height = map(int, pipe.readline().split())
@@ -302,13 +302,16 @@ def _decode(video):
             if len(data) < width * height * 3:
                 break
             yield np.frombuffer(data, np.uint8).reshape(height, width, 3)
-        complaint = process.stderr.read().decode(errors="replace").strip()
+        pipe.close()
+        process.wait()
+        said.seek(0)
+        complaint = said.read().decode(errors="replace").strip()
     if process.returncode or complaint:
         raise ValueError((complaint or f"ffmpeg exit code {process.returncode}").splitlines()[-1])
 
 
 def _probe_fps(video):
-    text = subprocess.run([_ffmpeg(), "-nostdin", "-i", str(video)], capture_output=True).stderr
+    text = subprocess.run([_ffmpeg()[0], "-nostdin", "-i", str(video)], capture_output=True).stderr
     found = re.search(rb"([\d.]+) fps", text)
     return float(found[1]) if found else None
 
@@ -319,7 +322,6 @@ def to_float(frames):
 
 
 # ------------------------------------------------------------------------ windows and batches
-
 
 def window_frames(seconds, fps):
     """A window in seconds -> H in whole frames of an episode, at least 1 (0.6 s at 5 fps: 3)"""
@@ -376,7 +378,6 @@ def random_shift(pictures, share):
 
 # ------------------------------------------------------------------------ latent labels
 
-
 def save_labels(path, labels, meta):
     """labels: episode id -> int [T, K], into one safetensors file whose header holds meta: LAQ
     fingerprint, window, codebook size, dataset mark"""
@@ -407,25 +408,17 @@ def load_labels(path, dataset, episodes):
 
 # ------------------------------------------------------------------------ action bins
 
-
-def fit_bins(actions, bins=256, binary=()):
+def fit_bins(actions, bins=256, binary=""):
     """Edges of up to `bins` bins of equal count a dimension (paper 3.3), as pandas' qcut cuts them.
 
     actions float [M, A]; quantiles of the rows, duplicate edges dropped, so fewer bins may remain.
-    A dimension listed in `binary` (a gripper) has two bins with edges -0.5, 0.5, 1.5.  A constant
-    dimension keeps its one value.  -> list of A float64 arrays"""
-    grid = np.linspace(0, 1, bins + 1)
-    return [np.array([-0.5, 0.5, 1.5]) if a in binary else
-            np.unique(np.quantile(actions[:, a].astype(np.float64), grid))
-            for a in range(actions.shape[1])]
-
-
-def parse_dimensions(text):
-    """"6" or "2,6" -> (6,) or (2, 6); refuses anything else"""
-    try:
-        return tuple(int(part) for part in text.split(",") if part)
-    except ValueError:
-        fail(f"--binary {text!r}: expected dimension numbers, comma separated")
+    A dimension listed in `binary` ("6": a gripper) has two bins with edges -0.5, 0.5, 1.5.  A
+    constant dimension keeps its one value.  -> list of A float64 arrays"""
+    grid, A, two = np.linspace(0, 1, bins + 1), actions.shape[1], binary.split(",")
+    if binary and not {*two} <= {*map(str, range(A))}:
+        fail(f"--binary {binary!r}: expected dimensions of 0 to {A - 1}, comma separated")
+    return [np.array([-0.5, 0.5, 1.5]) if str(a) in two else
+            np.unique(np.quantile(actions[:, a].astype(np.float64), grid)) for a in range(A)]
 
 
 def to_bins(actions, edges):
@@ -498,6 +491,8 @@ class Sequences:
     def __init__(self, tokenizer, image_tokens, template="{instruction}"):
         self.tokenizer, self.image_tokens, self.template = tokenizer, image_tokens, template
         self.words = lru_cache(maxsize=65536)(self._words)
+        with refuse("--template: expected words around {instruction}", (ValueError, LookupError)):
+            template.format(instruction="\0").index("\0")
 
     def _words(self, text):
         return self.tokenizer.encode(text, add_special_tokens=False).ids if text else []
@@ -553,7 +548,6 @@ class Sequences:
 
 # ------------------------------------------------------------------------ the built-in dataset
 
-
 @dataclass
 class TabletopOptions:
     out: str  # folder to write
@@ -573,17 +567,17 @@ def make_tabletop(options):
     if out.exists():
         fail(f"{out} exists: remove it or choose another folder")
     draft = out.with_name(f".{out.name}.{os.getpid()}")
-    for name in ("videos", "actions"):
-        (draft / name).mkdir(parents=True)
     try:
-        rows = list(_scenes(options, draft) if options.scenes else _episodes(options, draft))
-    except ValueError as error:
-        shutil.rmtree(draft)
-        fail(f"{error}")
-    with open(draft / "episodes.jsonl", "w") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-    train_tokenizer(tabletop.vocabulary()).save(str(draft / "tokenizer.json"))
-    os.replace(draft, out)
+        with refuse(f"{out}"):
+            for name in ("videos", "actions"):
+                (draft / name).mkdir(parents=True)
+            rows = list(_scenes(options, draft) if options.scenes else _episodes(options, draft))
+        with open(draft / "episodes.jsonl", "w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        train_tokenizer(tabletop.vocabulary()).save(str(draft / "tokenizer.json"))
+        os.replace(draft, out)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
     videos = {row["video"]: row["frames"] for row in rows}
     print(f"wrote {out}: {len(rows)} episodes, {sum(videos.values())} frames")
 
@@ -612,6 +606,8 @@ def _episodes(o, draft):
                    "task": tabletop.FAMILIES[env.task[b, 0]], "embodiment": o.embodiment,
                    "combination": "unseen" if tuple(env.task[b]) in unseen else "seen"}
             kept += 1
+    if kept < o.episodes:
+        raise ValueError(f"--noise {o.noise}: the expert reached {kept} goals of {o.episodes}")
 
 
 def _scenes(o, draft):
@@ -650,6 +646,7 @@ if __name__ == "__main__":
                                     usage="data.py tabletop OUT [options]")[0])
     elif command == ["check"] and len(rest) == 1:
         check(rest[0])
-    else:
+    elif command in (["-h"], ["--help"]):
         print(__doc__.strip())
-        raise SystemExit(0 if command in (["-h"], ["--help"]) else 2)
+    else:
+        fail("expected: data.py check DATASET, or data.py tabletop OUT [options]")

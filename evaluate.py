@@ -41,18 +41,15 @@ class EvaluateConfig:
 
 # ------------------------------------------------------------------------ policies
 
-
 class Policy:
     """A finetuned VLA as a function: images uint8 [B, H, W, 3] + instructions -> actions [B, A]"""
 
     def __init__(self, path, option="policies"):
         weights, meta = common.load_checkpoint(path, option, ("finetune",))
         self.device = common.Processes().device
-        self.model = VLA(VLAConfig(**meta["model"]))
-        try:
+        with common.refuse(f"--{option} {path}"):
+            self.model = VLA(VLAConfig(**meta["model"]))
             load_strictly(self.model, weights)
-        except ValueError as error:
-            common.fail(f"--{option} {path}: {error}")
         self.model.to(self.device).eval()
         tokenizer = data.read_tokenizer(common.find_checkpoint(path, option) / "tokenizer.json")
         self.sequences = data.Sequences(tokenizer, self.model.image_tokens, meta["template"])
@@ -86,7 +83,6 @@ def open_policies(text):
 
 # ------------------------------------------------------------------------ rollouts
 
-
 def rollout(policy, c, split, first, count):
     """`count` episodes side by side, tables number `first` on.  -> success bool [count], families,
     and for the first c.film tables the frames and instructions"""
@@ -109,19 +105,17 @@ def rollout(policy, c, split, first, count):
 
 def share(success):
     """Successes bool [n] -> percentage and its binomial standard error"""
-    p = float(np.mean(success))
-    return {"success": round(100 * p, 2), "se": round(100 * (p * (1 - p) / len(success)) ** 0.5, 2),
-            "n": len(success)}
+    p, n = float(np.mean(success)), len(success)
+    return {"success": round(100 * p, 2), "se": round(100 * (p * (1 - p) / n) ** 0.5, 2), "n": n}
 
 
 def evaluate(c):
     policies = open_policies(c.policies)
     splits = c.splits.split(",")
-    try:
+    with common.refuse("rollouts"):
         for split in splits:
             tabletop.TableTop(1, c.embodiment, c.look, split)
-    except ValueError as error:
-        common.fail(str(error))
+        Path(c.out).mkdir(parents=True, exist_ok=True)
     arms, films, began = {}, [], time.time()
     for name, policy in policies.items():
         arms[name] = {}
@@ -197,7 +191,6 @@ def draw_film(films, path, size=150, head=42):
 
 # ------------------------------------------------------------------------ several seeds
 
-
 @dataclass(kw_only=True)
 class TableConfig:
     results: str  # results.json files of the seeds, comma separated
@@ -206,13 +199,10 @@ class TableConfig:
 
 def table(c):
     """Mean success over seeds"""
-    runs = []
-    for path in c.results.split(","):
-        try:
-            runs.append(json.loads(Path(path).read_text())["arms"])
-        except (OSError, ValueError, KeyError) as error:
-            common.fail(f"--results {path}: no results of evaluate.py: {error!r}")
-    text = markdown(runs)
+    with common.refuse(f"--results {c.results}: not results for the same arms and splits",
+                       (OSError, ValueError, LookupError, TypeError, StopIteration)):
+        runs = [json.loads(Path(path).read_text())["arms"] for path in c.results.split(",")]
+        text = markdown(runs)
     common.write_atomically(c.out, text)
     print(text + f"wrote {c.out}")
 

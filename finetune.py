@@ -28,7 +28,7 @@ class FinetuneConfig:
     preset: str = "lapa"  # named recipe: tiny, base or lapa (the paper's)
     where: str = ""  # keep episodes with these fields, e.g. combination=seen
     labelled: int = 0  # labelled episodes to use, drawn by --seed; 0: all that are not held out
-    held_out: int = 50  # episodes of the dataset that are never used here
+    held_out: int = 50  # episodes of the dataset that are never used here; 0: none
     bins: int = 256  # bins a dimension (paper)
     soft_bins: float = 0.0  # width, in bins, of a Gaussian around the true bin (paper 0: one-hot)
     binary: str = ""  # dimensions with two values (grippers), e.g. 6
@@ -45,7 +45,7 @@ class FinetuneConfig:
     clip: float = 1.0  # gradient norm
     seed: int = 0
     log_every: int = 25  # steps
-    save_every: int = 500  # steps between checkpoints
+    save_every: int = 500  # steps between checkpoints; 0: only the last
     resume: bool = False  # continue from the latest checkpoint in --out
 
 
@@ -77,14 +77,14 @@ def build_model(c, few, processes):
             common.fail(f"{c.data}: actions have width {width}, --init_from {c.init_from} was "
                         f"trained on width {len(edges)}")
     else:
-        edges = data.fit_bins(np.concatenate([e.actions for e in few]), c.bins,
-                              data.parse_dimensions(c.binary))
+        edges = data.fit_bins(np.concatenate([e.actions for e in few]), c.bins, c.binary)
     bins = meta["model"]["action_vocab"] or c.bins
     torch.manual_seed(c.seed)
     model = VLA(VLAConfig(**{**meta["model"], "latent_vocab": 0, "action_vocab": bins}))
     tokenizer = data.read_tokenizer(common.find_checkpoint(c.init_from, "init_from")
                                     / "tokenizer.json")
-    fresh = model.adopt(weights, data.opening_tags(tokenizer) if c.like_tag else None)
+    with common.refuse(f"--init_from {c.init_from}"):
+        fresh = model.adopt(weights, data.opening_tags(tokenizer) if c.like_tag else None)
     processes.say(f"inherited {c.init_from} (pretrained on {meta['labels']} labels, step "
                   f"{meta['step']}); fresh: {', '.join(fresh) or 'nothing'}; bins a dimension: "
                   f"{', '.join(str(max(1, len(e) - 1)) for e in edges)}")
@@ -94,7 +94,7 @@ def build_model(c, few, processes):
 def train(c):
     processes = common.Processes()
     mine = processes.share(c.batch)
-    meta = common.load_checkpoint(c.init_from, "init_from", ("pretrain",))[1]
+    meta = common.read_meta(c.init_from, "init_from", ("pretrain",))
     dataset = data.open_dataset(c.data, meta["model"]["image_size"], c.where, actions_needed=True)
     train_set, _ = dataset.split(c.held_out)
     few = data.labelled_few(train_set, c.labelled or len(train_set), c.seed)

@@ -19,7 +19,6 @@ from torch import nn
 
 # ------------------------------------------------------------------------ stage 1: LAQ
 
-
 @dataclass
 class LAQConfig:
     """Shape of a latent action quantizer; the defaults are the paper's (343,796,080 parameters)."""
@@ -44,6 +43,12 @@ class LAQConfig:
     @property
     def grid(self):
         return self.image_size // self.patch_size
+
+
+def patchify(frames, p):
+    """[.., C, H, W] -> patches of p x p pixels [.., N, C p p]; each runs channel, row, column"""
+    x = frames.unflatten(-1, (-1, p)).unflatten(-3, (-1, p))  # .. C g p g p
+    return x.movedim((-4, -2), (-5, -4)).flatten(-3).flatten(-3, -2)
 
 
 class PEG(nn.Module):
@@ -240,15 +245,15 @@ class Quantizer(nn.Module):
         """After a step on d [B, K, Q] and its indices [B, K]: remember every use, and move used
         entries the share `pull` of the way to the mean of what chose them (0: the gradient alone
         moves the codebook, as in the paper).  Officially a code counts once a batch."""
-        if self.c.official_counting:
-            self.uses[indices.flatten()] += 1  # a repeated index adds one only: the official bug
-            return
         chosen = F.one_hot(indices.flatten(), len(self.uses)).to(d.dtype)  # BK V
         total = torch.cat((chosen.T @ d.flatten(0, 1), chosen.sum(0)[:, None]), dim=1)  # V Q+1
         if dist.is_initialized():
             dist.all_reduce(total)
         uses = total[:, -1:]
-        self.uses += uses[:, 0]
+        if self.c.official_counting:
+            self.uses[indices.flatten()] += 1  # a repeated index adds one only: the official bug
+        else:
+            self.uses += uses[:, 0]
         mean = total[:, :-1] / uses.clamp(min=1)
         self.codebook += pull * (uses > 0) * (mean - self.codebook)
 
@@ -307,10 +312,8 @@ class LAQ(nn.Module):
             nn.init.zeros_(self.to_pixels.bias)
 
     def patches(self, frames):
-        """[B, T, 3, H, W] -> patch embeddings [B, T, N, D]; a patch runs channel, row, column"""
-        p, g = self.config.patch_size, self.config.grid
-        x = frames.unflatten(-1, (g, p)).unflatten(-3, (g, p))  # B T C g p g p
-        return self.patch_embed(x.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(2, 3))
+        """[B, T, 3, H, W] -> patch embeddings [B, T, N, D]"""
+        return self.patch_embed(patchify(frames, self.config.patch_size))
 
     def encode(self, tokens, bias):
         """Patch embeddings [B, 2, N, D] -> pre-quantisation difference d [B, K, Q]"""
@@ -437,6 +440,9 @@ class VLA(nn.Module):
     def __init__(self, config):
         super().__init__()
         c = self.config = config
+        if c.dim % (2 * c.heads) or c.dim % 4 or c.image_size % c.patch_size:
+            raise ValueError(f"dim {c.dim} has to divide by 4 and by 2 x heads ({c.heads}), "
+                             f"image_size {c.image_size} by patch_size ({c.patch_size})")
         self.text_embed = nn.Embedding(c.text_vocab, c.dim)
         # The vision side.  Here linear patches; the VQGAN's code table and head belong here too.
         self.patch_embed = nn.Linear(3 * c.patch_size**2, c.dim)
@@ -487,11 +493,8 @@ class VLA(nn.Module):
         x = sum(table(torch.where(kinds == kind, tokens, 0)) * (kinds == kind)[..., None]
                 for kind, (table, _) in self.heads().items())
         if images is not None:
-            p, c = self.config.patch_size, self.config
-            g = c.image_size // p
-            patches = images.unflatten(-1, (g, p)).unflatten(-3, (g, p))  # B C g p g p
-            patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # B N 3pp
-            patches = (self.patch_embed(patches) + self.patch_position).to(x.dtype)
+            patches = self.patch_embed(patchify(images, self.config.patch_size))
+            patches = (patches + self.patch_position).to(x.dtype)
             x = x.masked_scatter((kinds == VISION)[..., None], patches)
         return x
 
@@ -575,12 +578,9 @@ class VLA(nn.Module):
 
 # ------------------------------------------------------------------------ both
 
-
 def load_strictly(model, weights, fresh=()):
-    """Copy `weights` (name -> tensor) into model; names and shapes must agree as sets.
-
-    The names in `fresh` keep their initial values.  Raises ValueError that
-    names every missing, unexpected or misshapen tensor."""
+    """Copy `weights` (name -> tensor) into model; names and shapes must agree as sets, but those in
+    `fresh` keep their values.  Raises ValueError naming all missing, unexpected or misshapen."""
     ours = model.state_dict()
     kept = set(fresh)
     missing = sorted(ours.keys() - weights.keys() - kept)

@@ -43,7 +43,7 @@ class PretrainConfig(VLAConfig):
     init_from: str = ""  # checkpoint to start from; empty: random weights
     freeze_vision: bool = True  # paper 3.2; without --init_from the vision side is trained
     where: str = ""  # keep episodes with these fields
-    held_out: int = 50  # episodes kept for validation
+    held_out: int = 50  # episodes kept for validation; 0: none
     template: str = "{instruction}"  # text around the instruction
     shift: float = 0.0  # latent and action labels: random shift of pictures, as a share of them
     like_tag: bool = False  # fresh input tables begin as the opening tag does (official: random)
@@ -63,7 +63,7 @@ class PretrainConfig(VLAConfig):
     idm_steps: int = 400  # idm: steps of 64 pairs
     seed: int = 0
     log_every: int = 50  # steps
-    save_every: int = 1000  # steps between checkpoints
+    save_every: int = 1000  # steps between checkpoints; 0: only the last
     resume: bool = False  # continue from the latest checkpoint in --out
 
 
@@ -74,8 +74,8 @@ PRESETS = {
     "base": dict(dim=768, layers=12, heads=12, mlp=2048, rope_theta=1e4, image_size=128,
                  steps=20_000, lr=3e-4, head_lr=2.0, warmup=300, final_lr=0.1, soft_bins=8.0,
                  shift=0.0625, like_tag=True),
-    "lapa": dict(template="You are a helpful assistant. USER: What action should the robot take to "
-                          "`{instruction}` ASSISTANT:"),
+    "lapa": dict(template="<s> You are a helpful assistant. USER: What action should the robot take "
+                          "to `{instruction}` ASSISTANT:"),
 }
 
 
@@ -94,7 +94,6 @@ def loss_of(model, rows, kind, soft=0.0):
 
 
 # ------------------------------------------------------------------------ labels
-
 
 @torch.no_grad()
 def invert(idm, scale, episodes):
@@ -155,10 +154,6 @@ def answers_for(c, processes, dataset, train_set, held_out):
         path = Path(c.latents or Path(c.laq) / "labels.safetensors")
         mark = common.fingerprint(common.find_checkpoint(c.laq, "laq"))
         answers, kept = data.load_labels(path, dataset, both)
-        window = common.load_checkpoint(c.laq, "laq", ("quantize",))[1]["window"]
-        if kept["window"] != window:
-            common.fail(f"{path}: made with a window of {kept['window']} s, --laq {c.laq} has "
-                        f"{window} s")
         if kept["laq"] != mark:
             common.fail(f"{path}: made by LAQ {kept['laq']}, --laq {c.laq} is {mark}: label again "
                         "with quantize.py label")
@@ -176,15 +171,13 @@ def answers_for(c, processes, dataset, train_set, held_out):
                 guess, true = (np.concatenate(rows) for rows in zip(*known))
                 r2 = 1 - ((guess - true) ** 2).sum(0) / ((true - true.mean(0)) ** 2).sum(0)
                 processes.say("inverse dynamics R2 on held-out episodes:", r2.round(3).tolist())
-        edges = data.fit_bins(np.concatenate(actions[:len(train_set)]), c.bins,
-                              data.parse_dimensions(c.binary))
+        edges = data.fit_bins(np.concatenate(actions[:len(train_set)]), c.bins, c.binary)
         answers = [data.to_bins(a, edges) for a in actions]
         kept = {"bins": [list(e) for e in edges]}
     return answers[:len(train_set)], answers[len(train_set):], kept
 
 
 # ------------------------------------------------------------------------ training
-
 
 def build_model(c, given, kind, dataset, processes):
     """A fresh VLA, or one that inherits --init_from's shape and weights -> model, tokenizer, names
@@ -194,16 +187,15 @@ def build_model(c, given, kind, dataset, processes):
         tokenizer = data.dataset_tokenizer(dataset)
         shape = {f.name: getattr(c, f.name) for f in fields(VLAConfig)}
         shape.update(vocabularies, text_vocab=tokenizer.get_vocab_size())
-        return VLA(VLAConfig(**shape)), tokenizer, []
+        with common.refuse("network"):
+            return VLA(VLAConfig(**shape)), tokenizer, []
     weights, meta = common.load_checkpoint(c.init_from, "init_from", ("pretrain",))
     tokenizer = data.read_tokenizer(common.find_checkpoint(c.init_from, "init_from")
                                     / "tokenizer.json")
     shape = {**meta["model"], **vocabularies}
-    for name in sorted(given & shape.keys() - vocabularies.keys()):
-        if getattr(c, name) != shape[name]:
-            common.fail(f"--{name} {getattr(c, name)}: --init_from {c.init_from} has {shape[name]}")
-    model = VLA(VLAConfig(**shape))
-    fresh = model.adopt(weights, data.opening_tags(tokenizer) if c.like_tag else None)
+    with common.refuse(f"--init_from {c.init_from}"):
+        model = VLA(VLAConfig(**shape))
+        fresh = model.adopt(weights, data.opening_tags(tokenizer) if c.like_tag else None)
     processes.say(f"inherited {c.init_from} (step {meta['step']}); fresh: {', '.join(fresh)}")
     return model, tokenizer, fresh
 
@@ -225,24 +217,33 @@ def train(c, given):
         common.fail("--labels latent needs --laq, the quantize run that made them")
     processes, kind = common.Processes(), KINDS[c.labels]
     mine = processes.share(c.batch)
+    for name in sorted(given & {"text_vocab", "latent_vocab", "action_vocab"}):
+        common.fail(f"--{name}: follows from the tokenizer, the labels or --bins")
+    origin = None
     if c.init_from:
-        c.image_size = common.load_checkpoint(c.init_from, "init_from", ("pretrain",))[1][
-            "model"]["image_size"]
+        origin = common.fingerprint(common.find_checkpoint(c.init_from, "init_from"))
+        shape = common.read_meta(c.init_from, "init_from", ("pretrain",))["model"]
+        for name in sorted(given & shape.keys()):
+            if getattr(c, name) != shape[name]:
+                common.fail(f"--{name} {getattr(c, name)}: --init_from {c.init_from} has "
+                            f"{shape[name]}")
+        c.image_size = shape["image_size"]
     dataset = data.open_dataset(c.data, c.image_size, c.where, actions_needed=c.labels == "action")
     train_set, held_out = dataset.split(c.held_out)
     answers, held_answers, kept = answers_for(c, processes, dataset, train_set, held_out)
     c.latent_vocab = kept.get("codebook_size", 0)
     torch.manual_seed(c.seed)
     model, tokenizer, fresh = build_model(c, given, kind, dataset, processes)
+    sequences = data.Sequences(tokenizer, model.image_tokens, c.template)
     run = common.Run(c, processes, "pretrain",
                      {"data": dataset.fingerprint, "where": c.where, "labels": c.labels,
-                      "laq": kept.get("laq"), "window": kept.get("window"),
+                      "laq": kept.get("laq"), "window": kept.get("window"), "init_from": origin,
+                      "labelled": [c.labelled_data, c.labelled_where, c.labelled, c.idm_steps],
                       "model": model.config.__dict__, "seed": c.seed, "batch": c.batch})
     processes.shard(model)
     groups = model.parameter_groups(c.lr, c.head_lr, fresh, c.freeze_vision and c.init_from)
     optimizer = common.make_optimizer(groups, betas=(0.9, 0.95), weight_decay=0.0)
     run.restore(model, optimizer)
-    sequences = data.Sequences(tokenizer, model.image_tokens, c.template)
     def rows(which, episodes=train_set, answers=answers):
         return sequences.batch(episodes, answers, kind, which, processes.device)
     held_rows = lambda which: rows(which, held_out, held_answers)

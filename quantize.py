@@ -34,7 +34,7 @@ class QuantizeConfig(LAQConfig):
     out: str  # run folder
     preset: str = "lapa"  # named size: tiny, base or lapa (the paper's)
     where: str = ""  # keep episodes with these fields, e.g. embodiment=human,task=push
-    held_out: int = 50  # episodes kept for the report card (unless they carry a `split`)
+    held_out: int = 50  # episodes kept for the report card, unless they carry a `split`; 0: none
     window: float = 0.6  # seconds from x_t to x_{t+H} (paper: 0.6; Something-Something 2.5)
     shift: float = 0.0  # common random shift of what the encoder sees, as a share of the image
     shift_from: int = 0  # step at which the shift starts to grow from 0
@@ -50,7 +50,7 @@ class QuantizeConfig(LAQConfig):
     replace_below: float = 0.1  # an entry used less than this share of a fair share is dead
     seed: int = 0
     log_every: int = 50  # steps
-    save_every: int = 1000  # steps between checkpoints
+    save_every: int = 1000  # steps between checkpoints; 0: only the last
     resume: bool = False  # continue from the latest checkpoint in --out
 
 
@@ -68,7 +68,6 @@ PRESETS = {
 
 
 # ------------------------------------------------------------------------ training
-
 
 def replacement_due(step, official=False):
     """Dead codes are replaced often at first, then every 50 steps for as long as training lasts;
@@ -106,10 +105,8 @@ def train(c):
     processes = common.Processes()
     shape = LAQConfig(**{f.name: getattr(c, f.name) for f in fields(LAQConfig)})
     torch.manual_seed(c.seed)
-    try:
+    with common.refuse("network"):
         model = LAQ(shape)
-    except ValueError as error:
-        common.fail(str(error))
     mine = processes.share(c.batch)
     dataset = data.open_dataset(c.data, c.image_size, c.where)
     train_set, held_out = dataset.split(c.held_out)
@@ -147,7 +144,6 @@ def train(c):
 
 # ------------------------------------------------------------------------ labels
 
-
 def label(model, episodes, window, batch=256):
     """The latent action of every frame of every episode -> {id: int64 [T, K]}"""
     device = next(model.parameters()).device
@@ -168,7 +164,6 @@ def write_labels(model, checkpoint, dataset, window, path):
 
 
 # ------------------------------------------------------------------------ report card
-
 
 def psnr(mse):
     """Mean squared error of pixels in [0, 1] -> dB"""
@@ -288,14 +283,13 @@ def draw_atlas(model, starts, codes, path, columns=8):
 
 # ------------------------------------------------------------------------ more videos
 
-
 @dataclass
 class ApplyConfig:
     laq: str  # a quantize run or a converted checkpoint
     data: str  # dataset folder
     out: str  # label: file to write (.safetensors); report: folder
     where: str = ""  # keep episodes with these fields
-    held_out: int = 50  # report: the probe is fitted on the other episodes
+    held_out: int = 50  # report: episodes it is about; the probe is fitted on the others
     window: float = 0.0  # seconds; 0: the window the LAQ was trained with
     seed: int = 0
 
@@ -304,10 +298,8 @@ def load_laq(path, option="laq"):
     """A checkpoint's LAQ, in evaluation mode, and its meta"""
     weights, meta = common.load_checkpoint(path, option, ("quantize",))
     model = LAQ(LAQConfig(**meta["model"]))
-    try:
+    with common.refuse(f"--{option} {path}"):
         load_strictly(model, weights)
-    except ValueError as error:
-        common.fail(f"--{option} {path}: {error}")
     return model.to(common.Processes().device).eval(), meta
 
 

@@ -38,7 +38,7 @@ PUSH_DISTANCE, SIDE, CORNER, JOIN = 0.12, 0.17, 0.28, 0.18  # what counts as suc
 def tasks(split="all"):
     """All (family, block, argument) combinations of a split: "seen", "unseen" or "all".
 
-    A quarter of the combinations of every family is unseen: never in the labelled few."""
+    A quarter of a family's combinations (of join, a third) is unseen: never in the labelled few."""
     rows = []
     for f, family in enumerate(FAMILIES):
         arguments = {"reach": 1, "push": len(DIRECTIONS), "place": len(PLACES), "join": 4}[family]

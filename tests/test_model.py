@@ -182,7 +182,8 @@ def test_a_collapsed_codebook_heals(first, official_rule):
     while len(frames) < 13:
         frames.append(env.step(env.expert(0.3))[0]["image"])
     c = quantize.QuantizeConfig(data="", out="", **{**quantize.PRESETS["tiny"], **SMALL,
-                                                    "official_counting": official_rule})
+                                                    "official_counting": official_rule,
+                                                    "codebook_pull": 0.0})
     torch.manual_seed(0)
     net = LAQ(LAQConfig(**{f.name: getattr(c, f.name) for f in fields(LAQConfig)}))
     net.quantizer.codebook.data.fill_(50.0)

@@ -152,11 +152,10 @@ def broken(runs, tmp_path_factory):
     path.write_bytes(path.read_bytes()[:1000])
     for path in (bad / "table/actions").iterdir():
         np.save(path, np.load(path)[:, [0, 1, 0]])
-    for name, change in (("labels", {"window": 1.2}), ("laq/labels", {"dataset": "0" * 12})):
-        with safe_open(bad / f"{name}.safetensors", "numpy") as file:
-            meta = json.loads(file.metadata()["meta"])
-            labels = {n: file.get_tensor(n) for n in file.keys()}
-        data.save_labels(bad / f"{name}.safetensors", labels, {**meta, **change})
+    with safe_open(bad / "laq/labels.safetensors", "numpy") as file:
+        meta = json.loads(file.metadata()["meta"])
+        labels = {n: file.get_tensor(n) for n in file.keys()}
+    data.save_labels(bad / "laq/labels.safetensors", labels, {**meta, "dataset": "0" * 12})
     return bad
 
 
@@ -169,10 +168,16 @@ REFUSALS = [
     (f"{PRETRAIN} --labels guess --out OUT", "--labels 'guess'"),
     # labels of another LAQ
     (f"{PRETRAIN} --laq BAD/laq --latents DIR/labels.safetensors --out OUT", "label again"),
-    (f"{PRETRAIN} --laq DIR/laq --latents BAD/labels.safetensors --out OUT", "window"),
     (f"{PRETRAIN} --laq DIR/laq --latents BAD/laq/labels.safetensors --out OUT", "another dataset"),
     (f"{PRETRAIN} --labels caption --out OUT", "field captions"),
     (f"{PRETRAIN} --labels action --out OUT --dim 64", "--dim 64"),
+    (f"{PRETRAIN} --labels action --out OUT --image_size 16", "--image_size 16"),
+    (f"{PRETRAIN} --labels action --out OUT --text_vocab 9", "--text_vocab"),
+    (f"{PRETRAIN} --labels action --out OUT --binary 2", "--binary '2'"),
+    (f"{PRETRAIN} --labels action --out OUT --log_every 0", "--log_every '0'"),
+    (f"{PRETRAIN} --labels action --out OUT --seed {2**64}", "--seed"),
+    (f"{PRETRAIN} --labels action --out OUT --template words", "--template"),
+    (f"{PRETRAIN} --labels action --out DIR/table/episodes.jsonl", "episodes.jsonl"),
     (f"{FINETUNE} --init_from DIR/none --out OUT", "--init_from DIR/none"),
     (f"{FINETUNE} --init_from DIR/laq --out OUT", "--init_from DIR/laq"),
     (f"{FINETUNE} --init_from DIR/action --out OUT --data BAD/table", "width 3"),
@@ -278,8 +283,9 @@ def test_checkpoints_are_whole_pointed_at_and_pruned(tmp_path, capsys):
     out = tmp_path / "run"
     (out / ".draft.1").mkdir(parents=True)  # what a killed process leaves
     for step in (1, 2, 4):
-        common.save_checkpoint(out, step, {"w": torch.full((2,), step)}, {"stage": "quantize"},
-                               {"words.json": "[]"}, {"n": step})
+        common.save_checkpoint(out, step, {"w": torch.full((2,), step)},
+                               {"stage": "quantize", "model": {}}, {"words.json": "[]"},
+                               {"n": step})
         assert common.find_checkpoint(out, "laq").name == f"step_0000000{step}"
     assert sorted(p.name for p in out.iterdir()) == [".draft.1", "latest", "step_00000004"]
     for path in (out, out / "step_00000004"):
