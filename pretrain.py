@@ -74,8 +74,8 @@ PRESETS = {
     "base": dict(dim=768, layers=12, heads=12, mlp=2048, rope_theta=1e4, image_size=128,
                  steps=20_000, lr=3e-4, head_lr=2.0, warmup=300, final_lr=0.1, soft_bins=8.0,
                  shift=0.0625, like_tag=True),
-    "lapa": dict(template="<s> You are a helpful assistant. USER: What action should the robot take "
-                          "to `{instruction}` ASSISTANT:"),
+    "lapa": dict(template="<s> You are a helpful assistant. USER: What action should the robot "
+                          "take to `{instruction}` ASSISTANT:"),
 }
 
 
