@@ -75,7 +75,7 @@ class Dataset:
             late = {e.id for e in order[:held_out]}
         train = [e for e in self.episodes if e.id not in late]
         if not train:
-            fail(f"{self.path}: nothing left to train on after holding out {len(late)} episodes")
+            fail(f"{self.path}: nothing left after holding out {len(late)} episodes (--held_out)")
         return train, [e for e in self.episodes if e.id in late]
 
 
@@ -83,7 +83,7 @@ def labelled_few(episodes, count, seed):
     """The `count` episodes whose action labels finetuning (and VPT) may use, drawn by seed"""
     known = [e for e in episodes if e.actions is not None]
     if len(known) < count:
-        fail(f"{count} labelled episodes wanted, {len(known)} with actions are left to learn from")
+        fail(f"--labelled {count}: only {len(known)} episodes with actions are left to learn from")
     return [known[i] for i in np.random.default_rng(seed).permutation(len(known))[:count]]
 
 

@@ -182,7 +182,7 @@ REFUSALS = [
     (f"{FINETUNE} --init_from DIR/laq --out OUT", "--init_from DIR/laq"),
     (f"{FINETUNE} --init_from DIR/action --out OUT --data BAD/table", "width 3"),
     (f"{FINETUNE} --init_from DIR/base --out OUT --data DIR/scenes", "field actions"),
-    (f"{FINETUNE} --init_from DIR/base --out OUT --labelled 99", "99 labelled"),
+    (f"{FINETUNE} --init_from DIR/base --out OUT --labelled 99", "--labelled 99"),
     ("evaluate.py --policies A=expert,B=DIR/none --out OUT", "DIR/none"),
     ("evaluate.py --policies A=DIR/latent --out OUT", "DIR/latent"),
     ("evaluate.py --policies A=BAD/LAPA --out OUT", "BAD/LAPA"),
