@@ -390,12 +390,11 @@ def save_labels(path, labels, meta):
 
 def load_labels(path, dataset, episodes):
     """-> list of int64 [T, K], one an episode, and the labels' meta.  Refuses another dataset's."""
-    try:
-        with safe_open(path, "numpy") as file:
-            meta = json.loads(file.metadata()["meta"])
-            found = {name: file.get_tensor(name).astype(np.int64) for name in file.keys()}
-    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
-        fail(f"{path}: no labels there (make them with quantize.py label): {error}")
+    with refuse(f"{path}: no labels there (make them with quantize.py label)",
+                (OSError, SafetensorError, TypeError, KeyError, ValueError)), \
+            safe_open(path, "numpy") as file:
+        meta = json.loads(file.metadata()["meta"])
+        found = {name: file.get_tensor(name).astype(np.int64) for name in file.keys()}
     if meta["dataset"] != dataset.fingerprint:
         fail(f"{path}: made for another dataset ({meta['dataset']}) than {dataset.path} "
              f"({dataset.fingerprint})")
@@ -468,10 +467,8 @@ def dataset_tokenizer(dataset):
 
 def read_tokenizer(path):
     """A tokenizers-library file, e.g. beside a dataset or in a checkpoint of stage 2 or 3"""
-    try:
+    with refuse(f"{path}: no tokenizer", Exception):  # the library raises nothing more precise
         return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing more precise
-        fail(f"{path}: no tokenizer: {error}")
 
 
 def opening_tags(tokenizer):

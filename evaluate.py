@@ -150,7 +150,8 @@ def markdown(runs):
     """Results of one or more seeds, [{arm: {split: row}}], as a table: success % and, of one seed,
     its binomial standard error and the families; of several, the standard error of their mean"""
     families = tabletop.FAMILIES if len(runs) == 1 else ()
-    columns = [(s, f) for s in next(iter(runs[0].values())) for f in (None, *families)]
+    first = next(iter(runs[0].values()))
+    columns = [(s, f) for s in first for f in (None, *families)]
     def cell(arm, split, family):
         rows = [run[arm][split] if family is None else run[arm][split]["families"].get(family)
                 for run in runs]
@@ -159,8 +160,8 @@ def markdown(runs):
         values = [row["success"] for row in rows]
         error = np.std(values, ddof=1) / len(runs) ** 0.5 if len(runs) > 1 else rows[0]["se"]
         return f"{np.mean(values):.1f} ± {error:.1f}"
-    n = next(iter(runs[0][next(iter(runs[0]))].values()))["n"]
-    what = f"success % of {n}" + (f", mean of {len(runs)} seeds" if len(runs) > 1 else "")
+    what = f"success % of {next(iter(first.values()))['n']}" + (
+        f", mean of {len(runs)} seeds" if len(runs) > 1 else "")
     head = [f"{what} (± standard error)"] + [f or f"**{s}**" for s, f in columns]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     lines += ["| " + " | ".join([name.replace("_", " "), *(cell(name, *c) for c in columns)]) + " |"

@@ -179,7 +179,7 @@ def answers_for(c, processes, dataset, train_set, held_out):
 
 # ------------------------------------------------------------------------ training
 
-def build_model(c, given, kind, dataset, processes):
+def build_model(c, kind, dataset, processes):
     """A fresh VLA, or one that inherits --init_from's shape and weights -> model, tokenizer, names
     of fresh tensors"""
     vocabularies = {"latent_vocab": c.latent_vocab, "action_vocab": c.bins if kind == ACTION else 0}
@@ -233,7 +233,7 @@ def train(c, given):
     answers, held_answers, kept = answers_for(c, processes, dataset, train_set, held_out)
     c.latent_vocab = kept.get("codebook_size", 0)
     torch.manual_seed(c.seed)
-    model, tokenizer, fresh = build_model(c, given, kind, dataset, processes)
+    model, tokenizer, fresh = build_model(c, kind, dataset, processes)
     sequences = data.Sequences(tokenizer, model.image_tokens, c.template)
     run = common.Run(c, processes, "pretrain",
                      {"data": dataset.fingerprint, "where": c.where, "labels": c.labels,
