@@ -1,5 +1,6 @@
 """What the stages share: command lines, processes, checkpoints, logs.  No stage or model."""
 
+import argparse
 import contextlib
 import dataclasses
 import hashlib
@@ -11,8 +12,9 @@ import re
 import shutil
 import sys
 import time
-import typing
+from functools import partial
 from pathlib import Path
+from threading import get_ident
 
 import torch
 import torch.distributed as dist
@@ -33,79 +35,87 @@ def refuse(what, kinds=(ValueError, OSError)):
     try:
         yield
     except kinds as error:
-        fail(f"{what}: {error}")
+        fail(f"{what}: {error}".partition("\n")[0])
 
 
 # ------------------------------------------------------------------------ command line
-
 def option_help(cls):
     """Field name -> the comment that stands behind it in the dataclass's source"""
     source = "".join(inspect.getsource(base) for base in reversed(cls.__mro__[:-1]))
     return dict(re.findall(r"^    (\w+): [^#\n]*(?:# *(.*))?$", source, re.MULTILINE))
 
 
-def parse_value(name, text, kind, least=0):
-    """One option's text as bool, int, float or str; refuses by name."""
+def parse_value(kind, least, text):
+    """One option's text as bool, str, float, or int from `least` on"""
+    words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
     try:
-        if kind is bool:
-            return {"true": True, "1": True, "yes": True,
-                    "false": False, "0": False, "no": False}[text.lower()]
-        value = int(text.replace("_", "")) if kind is int else kind(text)
-        if kind is not str and not (least if kind is int else 0) <= value < 2**63:
+        value = words[text.lower()] if kind is bool else kind(text)
+        if kind in (int, float) and not least <= value < 2**63:
             raise ValueError
         return value
     except (ValueError, KeyError):
         expected = {bool: "true or false", int: f"a whole number, {least} or more",
                     float: "a number, 0 or more"}[kind]
-        fail(f"--{name} {text!r}: expected {expected}")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected {expected}") from None
 
 
-def parse_options(cls, argv, presets=None, usage="", positional=()):
+def parse_options(cls, argv, presets=None, usage=None, positional=()):
     """Command line -> dataclass `cls`, and the set of options that were named on it.
 
-    Options are written `--name value` or `--name=value`.  `presets` is a table of named sizes,
-    chosen by the field `preset`: named options beat the preset, which beats the defaults.
-    `positional` names those that may stand without their name, in order.  A whole number may be 0
-    where that is its default or its comment tells what 0 means."""
-    presets, positional = presets or {}, list(positional)
-    kinds, comments = typing.get_type_hints(cls), option_help(cls)
-    known = {f.name: f.default for f in dataclasses.fields(cls)}
-    if "-h" in argv or "--help" in argv:
-        print(f"usage: {usage}\n")
-        for name, default in known.items():
-            shown = "required" if default is dataclasses.MISSING else repr(default)
-            print(f"  --{name:<16} {shown:<14} {comments.get(name, '')}".rstrip())
-        for name, values in presets.items():
-            print(f"\npreset {name}: " + " ".join(f"--{k} {v}" for k, v in values.items()))
-        raise SystemExit(0)
-    given, rest = {}, list(argv)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("--"):
-            if not positional:
-                fail(f"unexpected argument {word!r}: options are written --name value")
-            word = f"--{positional.pop(0)}={word}"
-        name, equals, text = word[2:].partition("=")
-        name = name.replace("-", "_")
-        if name not in known:
-            fail(f"unknown option --{name}; known: {', '.join(known)}")
-        if not equals:
-            if not rest or rest[0].startswith("--"):
-                fail(f"--{name} needs a value")
-            text = rest.pop(0)
-        zero = known[name] == 0 or name == "seed" or "0: " in comments.get(name, "")
-        given[name] = parse_value(name, text, kinds[name], least=0 if zero else 1)
-    chosen = given.get("preset", known.get("preset"))
+    `presets` is a table of named sizes, chosen by the field `preset`: named options beat the
+    preset, which beats the defaults.  Fields in `positional` stand without their name.  A whole
+    number may be 0 where that is its default or its comment tells what 0 means."""
+    presets, comments = presets or {}, option_help(cls)
+    shown = "\n".join(f"preset {name}: " + " ".join(f"--{k} {v}" for k, v in values.items())
+                      for name, values in presets.items())
+    parser = argparse.ArgumentParser(
+        usage=usage, epilog=shown, argument_default=argparse.SUPPRESS, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: fail(message.removeprefix("argument "))
+    for field in dataclasses.fields(cls):
+        name, comment = field.name, comments.get(field.name, "")
+        default = "required" if field.default is dataclasses.MISSING else repr(field.default)
+        zero = field.type is float or field.default == 0 or name == "seed" or "0: " in comment
+        plain, several = name in positional, field.type is list
+        parser.add_argument(
+            name if plain else f"--{name}", metavar=name if plain else "",
+            nargs="+" if several else None, help=f"{default} {comment}".replace("%", "%%"),
+            type=partial(parse_value, str if several else field.type, 0 if zero else 1))
+    given, stray = parser.parse_known_args(argv)
+    if stray:
+        fail(f"{stray[0]!r}: no such option (see --help)")
+    given = vars(given)
+    chosen = given.get("preset", getattr(cls, "preset", None))
     if presets and chosen not in presets:
         fail(f"--preset {chosen!r}: expected one of {', '.join(presets)}")
-    for name, default in known.items():
-        if default is dataclasses.MISSING and name not in given:
-            fail(f"--{name} is required: {comments.get(name, '')}")
+    for field in dataclasses.fields(cls):
+        if field.default is dataclasses.MISSING and field.name not in given:
+            fail(f"--{field.name} is required: {comments.get(field.name, '')}")
     return cls(**{**presets.get(chosen, {}), **given}), set(given)
 
 
-# ------------------------------------------------------------------------ processes
+@dataclasses.dataclass(kw_only=True)
+class TrainConfig:
+    """The options that every training stage has."""
 
+    data: str  # dataset folder
+    out: str  # run folder
+    preset: str = "lapa"  # named size or recipe: tiny, base or lapa (the paper's)
+    where: str = ""  # keep episodes with these fields, e.g. embodiment=human,task=push
+    held_out: int = 50  # episodes not trained on, unless they carry a `split`; 0: none
+    steps: int
+    batch: int  # samples a step, over all processes
+    lr: float  # peak learning rate
+    warmup: int = 0  # steps of linear warm-up
+    final_lr: float = 1.0  # cosine down to this share of lr (official 1: constant)
+    clip: float = 1.0  # gradient norm
+    seed: int = 0
+    log_every: int = 50  # steps
+    save_every: int = 1000  # steps between checkpoints; 0: only the last
+    resume: bool = False  # continue from the latest checkpoint in --out
+
+
+# ------------------------------------------------------------------------ processes
 class Processes:
     """This process among its peers: rank, world size, device.  Under torchrun, gloo or nccl."""
 
@@ -143,6 +153,14 @@ class Processes:
             for tensor in model.state_dict().values():
                 dist.broadcast(tensor, 0)
         return model
+
+    def gather(self, tensor):
+        """Every rank's part of a batch -> the whole of it, on every rank"""
+        if self.world == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.world)]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
 
     def mean(self, values):
         """Dictionary of numbers -> their mean over ranks"""
@@ -185,109 +203,200 @@ def warmup_cosine(step, steps, warmup, floor):
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def seed_step(seed, step, rank=0):
-    """Seed torch, so that noise is a function of (seed, step, rank) and resuming needs no state"""
-    digest = hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()
+def seed_step(seed, step):
+    """Seed torch, so that noise is a function of (seed, step) and resuming needs no state"""
+    digest = hashlib.sha256(f"{seed} {step} 0".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:7], "little"))
 
 
 # ------------------------------------------------------------------------ files
+def count_parameters(model):
+    return sum(p.numel() for p in model.parameters())
 
-def write_atomically(path, text):
+
+def differences(expected, found):
+    """Two tables name -> shape: every missing, unexpected and misshapen tensor in words, or "" """
+    wrong = [f"{n} {tuple(found[n])}, expected {tuple(expected[n])}"
+             for n in sorted(expected.keys() & found.keys()) if found[n] != expected[n]]
+    return "; ".join(f"{what}: {', '.join(names)}" for what, names in
+                     (("missing", sorted(expected.keys() - found.keys())),
+                      ("unexpected", sorted(found.keys() - expected.keys())),
+                      ("wrong shape", wrong)) if names)
+
+
+def load_strictly(model, weights, fresh=()):
+    """Copy `weights` (name -> tensor) into model; names and shapes must agree as sets, but those in
+    `fresh` keep their initial values.  Raises ValueError that names all `differences`."""
+    ours = model.state_dict()
+    problems = differences({n: t.shape for n, t in ours.items() if n not in fresh},
+                           {n: t.shape for n, t in weights.items()})
+    if problems:
+        raise ValueError(problems)
+    model.load_state_dict({**{name: ours[name] for name in fresh}, **weights})
+
+
+@contextlib.contextmanager
+def atomically(path):
+    """Yield the path of a draft (file or folder) that appears as `path` once whole, or never"""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(text)
-    os.replace(draft, path)
+    draft = path.with_name(f".{path.stem}.{os.getpid()}.{get_ident()}{path.suffix}")
+    try:
+        yield draft
+        os.replace(draft, path)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)  # of a folder
+        with contextlib.suppress(OSError):
+            draft.unlink()
 
 
-def save_checkpoint(out, step, weights, meta, texts=None, state=None):
+def write_atomically(path, text):
+    with atomically(path) as draft:
+        draft.write_text(text)
+
+
+def save_weights(folder, tensors, shard=2 << 30):
+    """Write (name, tensor) pairs to folder/model.safetensors or, where they take more than `shard`
+    bytes, to numbered files with an index (Hugging Face's layout).  Holds one shard in memory."""
+    parts, held, size = [], {}, 0  # parts: the names in each file
+    def write():
+        save_file(held, folder / f"part{len(parts)}")
+        parts.append(list(held))
+        held.clear()
+    for name, tensor in tensors:
+        tensor = tensor.detach().cpu().contiguous()
+        if size + tensor.nbytes > shard and held:
+            write()
+            size = 0
+        held[name], size = tensor, size + tensor.nbytes
+    if held:
+        write()
+    final = [f"model-{i:05}-of-{len(parts):05}.safetensors" for i in range(1, len(parts) + 1)]
+    if len(parts) > 1:
+        index = {"metadata": {"total_size": sum(p.stat().st_size for p in folder.glob("part*"))},
+                 "weight_map": {name: final[i] for i, part in enumerate(parts) for name in part}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    for i, name in enumerate(final if len(parts) > 1 else ["model.safetensors"][:len(parts)]):
+        os.replace(folder / f"part{i}", folder / name)
+
+
+def weight_files(folder):
+    """The safetensors files of a checkpoint's folder, one or several"""
+    index = Path(folder) / "model.safetensors.index.json"
+    if not index.is_file():
+        return [Path(folder) / "model.safetensors"]
+    names = json.loads(index.read_text())["weight_map"].values()
+    return [Path(folder) / name for name in sorted(set(names))]
+
+
+def write_checkpoint(folder, tensors, meta, files):
+    """Make a folder of weights ((name, tensor) pairs), config.json (meta) and files: name -> text,
+    a Path to link or copy, or more weights"""
+    folder.mkdir()
+    save_weights(folder, tensors)
+    for name, content in files.items():
+        if isinstance(content, str):
+            (folder / name).write_text(content)
+        elif isinstance(content, Path):
+            try:
+                os.link(content, folder / name)
+            except OSError:
+                shutil.copyfile(content, folder / name)
+        else:
+            save_file({n: tensor.contiguous() for n, tensor in content}, folder / name)
+    (folder / "config.json").write_text(json.dumps(meta, indent=1))
+
+
+def save_checkpoint(out, step, weights, meta, files=None, state=None):
     """Write OUT/step_00000123 whole or not at all, point OUT/latest at it, drop earlier ones.
 
-    weights: name -> tensor, as model.safetensors; meta: dict, as config.json (step is added);
-    texts: file name -> text, e.g. the tokenizer; state: for resuming alone, as training.pt."""
-    out = Path(out)
-    final, draft = out / f"step_{step:08d}", out / f".draft.{os.getpid()}"
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()},
-              draft / "model.safetensors")
-    for name, text in (texts or {}).items():
-        (draft / name).write_text(text)
-    if state is not None:
-        torch.save(state, draft / "training.pt")
-    (draft / "config.json").write_text(json.dumps({**meta, "step": step}, indent=1))
+    meta, files: see write_checkpoint; state: what only resuming needs, as training.pt."""
+    final = Path(out) / f"step_{step:08d}"
+    for old in final.parent.glob(".step_*"):  # left by a killed process
+        shutil.rmtree(old)
     shutil.rmtree(final, ignore_errors=True)
-    os.replace(draft, final)
-    write_atomically(out / "latest", final.name + "\n")
-    for old in out.glob("step_*"):
+    with atomically(final) as draft:
+        write_checkpoint(draft, weights.items(), {**meta, "step": step}, files or {})
+        if state is not None:
+            torch.save(state, draft / "training.pt")
+    write_atomically(final.parent / "latest", final.name + "\n")
+    for old in final.parent.glob("step_*"):
         if old != final:
             shutil.rmtree(old)
     return final
 
 
-def find_checkpoint(path, option):
-    """A run's folder or a checkpoint's own -> the checkpoint's.  Refuses, naming the option that
-    asked for it, when there is none."""
+def latest(path):
+    """A run's folder -> its newest checkpoint's; any other path as it is"""
     path = Path(path)
-    if (path / "latest").is_file():
-        path = path / (path / "latest").read_text().strip()
-    if not (path / "config.json").is_file() or not (path / "model.safetensors").is_file():
+    mark = path / "latest"
+    return path / mark.read_text().strip() if mark.is_file() else path
+
+
+def open_checkpoint(path, option, stages):
+    """A run's folder or a checkpoint's own -> the checkpoint's, and meta (config.json).  Refuses,
+    naming the option that asked for it, when there is none, and those of other stages."""
+    path = latest(path)
+    if not (path / "config.json").is_file() or not all(f.is_file() for f in weight_files(path)):
         fail(f"--{option} {path}: no checkpoint there (expected config.json and model.safetensors)")
-    return path
-
-
-def read_meta(path, option, stages):
-    """config.json of a checkpoint.  Refuses unreadable ones and those of other stages."""
-    path = find_checkpoint(path, option)
     with refuse(f"--{option} {path}: unreadable checkpoint"):
         meta = json.loads((path / "config.json").read_text())
         if not isinstance(meta, dict) or not {"stage", "model", "step"} <= meta.keys():
             raise ValueError("config.json lacks stage, model or step")
     if meta["stage"] not in stages:
         fail(f"--{option} {path}: holds stage {meta['stage']!r}, expected {' or '.join(stages)}")
-    return meta
+    return path, meta
 
 
 def load_checkpoint(path, option, stages):
-    """-> weights (name -> tensor), meta (config.json).  Refuses as read_meta does."""
-    meta, path = read_meta(path, option, stages), find_checkpoint(path, option)
+    """-> weights (name -> tensor), meta.  Refuses as open_checkpoint does."""
+    path, meta = open_checkpoint(path, option, stages)
     with refuse(f"--{option} {path}: unreadable checkpoint", (OSError, SafetensorError)):
-        return load_file(path / "model.safetensors"), meta
+        return {n: t for file in weight_files(path) for n, t in load_file(file).items()}, meta
 
 
 def fingerprint(path):
-    """12 hex digits that name a checkpoint's weights"""
+    """12 hex digits that name the weights of a run's newest checkpoint"""
     digest = hashlib.sha256()
-    with open(Path(path) / "model.safetensors", "rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
+    for name in weight_files(latest(path)):
+        with open(name, "rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
     return digest.hexdigest()[:12]
 
 
 class Run:
     """The output folder of a stage: metrics.jsonl, a progress bar, checkpoints, resuming.
 
-    run = Run(config, processes, "quantize"); run.start is the step to begin at.  `identity` is
-    compared on resuming: a checkpoint trained on something else is refused."""
+        run = Run(config, processes, stage, shape, **identity)
+        run.restore(model, optimizer, meta)
+        for step, batch in run.loop("pairs", batches):    # batches from run.start on
+            ...
+            run.end_step({"loss": loss, "grad_norm": norm})
+        run.finish()
 
-    def __init__(self, config, processes, stage, identity):
-        self.out, self.processes, self.steps = Path(config.out), processes, config.steps
-        self.save_every, self.stage, self.identity = config.save_every, stage, identity
+    On resuming, `shape` (the network's config) and `identity` have to be the checkpoint's."""
+
+    def __init__(self, config, processes, stage, shape, **identity):
+        self.c, self.out, self.processes, self.stage = config, Path(config.out), processes, stage
+        identity |= {"model": shape.__dict__, "where": config.where, "seed": config.seed,
+                     "batch": config.batch}
+        self.meta = {"stage": stage, "model": shape.__dict__, "identity": identity,
+                     "options": config.__dict__}
         self.start, self.state, self.found = 0, None, None
         if (self.out / "latest").is_file():
-            self.found = self.out / (self.out / "latest").read_text().strip()
-            weights, meta = load_checkpoint(self.found, "out", (stage,))
+            self.found = latest(self.out)
+            self.weights, meta = load_checkpoint(self.found, "out", (stage,))
+            self.start = meta["step"]
             if not config.resume:
-                fail(f"--out {self.out} already holds a checkpoint of step {meta['step']}: pass "
+                fail(f"--out {self.out} already holds a checkpoint of step {self.start}: pass "
                      "--resume true to continue it, or another --out")
             for key, mine in identity.items():
                 if (theirs := meta.get("identity", {}).get(key)) != mine:
                     fail(f"--out {self.out} was made with {key} = {theirs}, this run has {mine}: "
                          "remove it or pass another --out")
-            self.start, self.weights = meta["step"], weights
-            if self.start > self.steps:
-                fail(f"--steps {self.steps}: --out {self.out} has done {self.start} already")
+            if self.start > config.steps:
+                fail(f"--steps {config.steps}: --out {self.out} has done {self.start} already")
             with refuse(f"--out {self.found}: cannot be continued", Exception):
                 self.state = torch.load(self.found / "training.pt", weights_only=True)
         processes.barrier()
@@ -301,54 +410,61 @@ class Run:
             self.log = open(log, "a")
         self.began = time.time()
 
-    def restore(self, model, optimizer):
-        """Continue from the checkpoint found, if any"""
+    def restore(self, model, optimizer, meta, files=None):
+        """Train this model, from a checkpoint found on; meta, files: see write_checkpoint"""
+        self.model, self.optimizer, self.numbers = model, optimizer, {}
+        self.meta, self.files = self.meta | meta, files or {}
         if self.state is not None:
             model.load_state_dict(self.weights)
             optimizer.load_state_dict(self.state["optimizer"])
             self.weights = self.state = None
             self.processes.say(f"resuming {self.out} at step {self.start}")
 
-    def loop(self, unit):
-        """Yield the steps that are left, behind a progress bar that counts `unit` a second"""
-        self.bar = tqdm(range(self.start, self.steps), initial=self.start, total=self.steps,
-                        desc=self.stage, dynamic_ncols=True, mininterval=1.0,
-                        disable=not self.processes.main)
+    def loop(self, unit, batches):
+        """Yield (step, batch) for the steps that are left, torch seeded by the step, behind a
+        progress bar that counts `unit` a second"""
+        self.bar = tqdm(range(self.start, self.c.steps), self.stage, self.c.steps,
+                        initial=self.start, mininterval=1.0, disable=not self.processes.main)
         self.unit, self.mark = unit, (time.time(), self.start)
-        yield from self.bar
+        for self.step, batch in zip(self.bar, batches):
+            seed_step(self.c.seed, self.step)
+            yield self.step, batch
 
-    def record(self, step, size, **numbers):
-        """Every process calls it with its own numbers; rank 0 writes their mean"""
-        numbers = self.processes.mean({k: float(v) for k, v in numbers.items()})
-        if not all(map(torch.isfinite, map(torch.tensor, numbers.values()))):
-            fail(f"step {step}: {numbers} is not finite; last checkpoint: {self.found or 'none'}")
-        if self.processes.main:
-            now = time.time()
-            rate = size * (step - self.mark[1]) / max(now - self.mark[0], 1e-9)
-            self.mark = now, step
-            self.bar.set_postfix({**{k: f"{v:.4g}" for k, v in numbers.items()},
-                                  f"{self.unit}/s": f"{rate:.0f}"}, refresh=False)
-            row = {"step": step, **numbers, f"{self.unit}_per_s": round(rate, 1),
-                   "seconds": round(now - self.began, 1)}
-            self.log.write(json.dumps(row) + "\n")
-            self.log.flush()
+    def end_step(self, numbers, more=dict):
+        """Every log_every steps: log the mean of all processes' numbers and of those that more()
+        returns.  Every save_every steps: a checkpoint.  Both at the end, too."""
+        c, step = self.c, self.step + 1
+        if step % c.log_every == 0 or step == c.steps:
+            numbers = {name: float(x) for name, x in {**numbers, **more()}.items()}
+            self.numbers = self.processes.mean(numbers)
+            if not all(map(math.isfinite, self.numbers.values())):
+                fail(f"step {step}: {self.numbers} is not finite; last checkpoint: "
+                     f"{self.found or 'none'}")
+            self.log_row(step, time.time())
+        if step == c.steps or (c.save_every and step % c.save_every == 0):
+            if self.processes.main:
+                self.found = save_checkpoint(self.out, step, self.model.state_dict(), self.meta,
+                                             self.files, {"optimizer": self.optimizer.state_dict()})
+            self.processes.barrier()
 
-    def save(self, step, model, optimizer, meta, texts=None):
-        """Checkpoint when it is time: every save_every steps and at the end"""
-        if not (step == self.steps or (self.save_every and step % self.save_every == 0)):
+    def log_row(self, step, now):
+        if not self.processes.main:
             return
-        if self.processes.main:
-            meta = {"stage": self.stage, "identity": self.identity, **meta}
-            self.found = save_checkpoint(self.out, step, model.state_dict(), meta, texts,
-                                         {"optimizer": optimizer.state_dict()})
-        self.processes.barrier()
+        rate = self.c.batch * (step - self.mark[1]) / max(now - self.mark[0], 1e-9)
+        self.mark = now, step
+        self.bar.set_postfix({**{k: f"{v:.4g}" for k, v in self.numbers.items()},
+                              f"{self.unit}/s": f"{rate:.0f}"}, refresh=False)
+        row = {"step": step, **self.numbers, f"{self.unit}_per_s": round(rate, 1),
+               "seconds": round(now - self.began, 1)}
+        self.log.write(json.dumps(row) + "\n")
+        self.log.flush()
 
-    def finish(self, summary, files):
-        """Write summary.json, the mark of a finished stage, and name the files"""
+    def finish(self, summary=None, files=()):
+        """Write summary.json (default: the last numbers), the mark of a finished stage"""
         if self.processes.main:
-            summary = {"seconds": round(time.time() - self.began, 1), **summary}
+            summary = {"seconds": round(time.time() - self.began, 1), **(summary or self.numbers)}
             write_atomically(self.out / "summary.json", json.dumps(summary, indent=1) + "\n")
-            files = [f"{find_checkpoint(self.out, 'out')}/", *files, self.out / "summary.json"]
-            print("wrote", ", ".join(str(f) for f in files))
+            files = [f"{latest(self.out)}/", *files, self.out / "summary.json"]
+            print("wrote", ", ".join(map(str, files)))
         if self.processes.world > 1:
             dist.destroy_process_group()

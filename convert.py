@@ -1,128 +1,504 @@
-"""Official LAQ checkpoint -> a checkpoint that every stage here reads.
+"""Official files -> checkpoints that every stage here reads, and back to Hugging Face's layout.
 
-    python convert.py laq_openx.pt runs/official-laq
-    python convert.py laq.safetensors runs/official-laq --image_size 256
+    python convert.py params vqgan tokenizer.model lwm/       LWM-Chat-1M or LAPA-7B (JAX)
+    python convert.py laq_openx.pt laq/                       LAPA's latent action quantizer
+    python convert.py LWM-Text-Chat-1M/ text/                 a text model in Hugging Face's layout
+    python convert.py lapa/ hf/ --to hf                       the text part of a VLA, the other way
 
-The file is read with `weights_only`, its tensors are loaded strictly, and the quirks its numbers
-depend on are switched on in the configuration that is written.
-"""
+Names and shapes are compared strictly before anything is written; tensors are then copied one by
+one, in their own precision, into safetensors files of up to 2 GB beside a config.json, in which the
+official quirks that numbers depend on are switched on."""
 
+import json
 import math
+import os
+import pickle
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from statistics import mode
 
+import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from tokenizers import AddedToken, Tokenizer, models, normalizers
+from tqdm import tqdm
 
 import common
-from model import LAQ, LAQConfig, load_strictly
+import data
+from model import LAQ, VLA, VOCABULARIES, VQGAN, LAQConfig, VLAConfig, VQGANConfig
 
-# Official LAQ key -> ours, in order.
-LAQ_KEYS = (
-    (r"^module\.", ""),
-    (r"^spatial_rel_pos_bias\.net\.2\.", "position_bias.net.4."),
-    (r"^spatial_rel_pos_bias\.net\.1\.0\.", "position_bias.net.2."),
-    (r"^spatial_rel_pos_bias\.net\.0\.0\.", "position_bias.net.0."),
-    (r"^to_patch_emb_first_frame\.1\.", "patch_embed.0."),
-    (r"^to_patch_emb_first_frame\.2\.", "patch_embed.1."),
-    (r"^to_patch_emb_first_frame\.3\.", "patch_embed.2."),
-    (r"^to_pixels_first_frame\.0\.", "to_pixels."),
-    (r"^enc_(spatial|temporal)_transformer\.", r"\1_encoder."),
-    (r"^dec_spatial_transformer\.", "decoder."),
-    (r"\.layers\.(\d+)\.0\.dsconv\.", r".layers.\1.peg.conv."),
-    (r"\.layers\.(\d+)\.1\.", r".layers.\1.attention."),
-    (r"\.layers\.(\d+)\.2\.", r".layers.\1.cross."),
-    (r"\.layers\.(\d+)\.3\.4\.", r".layers.\1.ff.3."),
-    (r"\.layers\.(\d+)\.3\.", r".layers.\1.ff."),
-    (r"\.gamma$", ".weight"),
-    (r"^vq\.cnn_encoder\.", "quantizer.cnn."),
-    (r"^vq\.codebooks$", "quantizer.codebook"),
-    (r"^vq\.", "quantizer."),
-)
-
-
-def laq_from_official(state, image_size=None):
-    """Official LAQ state_dict (with or without the `module.` prefix) -> LAQ, strictly loaded.
-
-    The configuration is read off the tensors' shapes; the two quirks that the weights depend on are
-    switched on.  image_size defaults to the 8 patches a side that codes of length 1, 2 and 4 need;
-    longer codes need it given.  Raises ValueError naming wrong tensors, or an odd shape."""
-    weights = {}
-    for name, tensor in state.items():
-        if name.endswith(".beta"):
-            if tensor.any():
-                raise ValueError(f"{name}: expected zeros (a LayerNorm without bias)")
-        elif tensor.numel():  # self-attention carries null_kv of size zero
-            for pattern, ours in LAQ_KEYS:
-                name = re.sub(pattern, ours, name)
-            weights[name] = tensor.float()
-
-    def shape(name, rank):
-        if name not in weights or weights[name].ndim != rank:
-            raise ValueError(f"tensor {name} of rank {rank} is missing: not a LAQ checkpoint")
-        return weights[name].shape
-
-    def depth(part):
-        return 1 + max((int(k.split(".")[2]) for k in weights if k.startswith(part + ".layers.")),
-                       default=-1)
-
-    dim, pixels = shape("patch_embed.1.weight", 2)
-    codes, quant_dim = shape("quantizer.codebook", 2)
-    patch = math.isqrt(pixels // 3)
-    second = weights.get("quantizer.cnn.2.weight")
-    lengths = {(4, 4): 1, (3, 4): 2, (3, 3): 4}  # kernel of the second convolution -> code_len
-    if second is None:
-        if not image_size:
-            raise ValueError("pass --image_size: the tensors of so long a code do not tell it")
-        code_len = math.ceil(image_size / patch / 2) ** 2
-    elif (image_size := image_size or 8 * patch) // patch > 8:  # two stride-2 convolutions
-        code_len = math.ceil(image_size / patch / 4) ** 2
-    else:
-        code_len = lengths.get(tuple(second.shape[2:]), 0)
-    config = LAQConfig(
-        image_size=image_size, patch_size=patch, dim=dim,
-        spatial_depth=depth("spatial_encoder"), temporal_depth=depth("temporal_encoder"),
-        decoder_depth=depth("decoder"),
-        heads=shape("position_bias.net.4.weight", 2)[0],
-        dim_head=shape("spatial_encoder.layers.0.attention.q_scale", 1)[0], quant_dim=quant_dim,
-        codebook_size=codes, code_len=code_len, official_peg=True, official_code_read=True)
-    model = LAQ(config)
-    load_strictly(model, {**weights, "quantizer.uses": model.quantizer.uses})
-    return model
+DTYPES = {"float32": (np.float32, torch.float32), "bfloat16": (np.uint16, torch.bfloat16),
+          "float16": (np.float16, torch.float16)}
 
 
 @dataclass
 class ConvertConfig:
-    source: str  # official LAQ file, .pt or .safetensors
+    source: list  # official files: params, vqgan, *.model, *.pt, *.csv, *.safetensors or a folder
     out: str  # folder to write
-    image_size: int = 0  # pixels; 0: eight patches a side, as the official models have
-    window: float = 0.6  # seconds between the frames it was trained on (not stored in the file)
+    to: str = ""  # hf: write the text part of a VLA checkpoint in Hugging Face's layout
+    heads: int = 0  # of a VLA whose files do not tell; 0: width / 128
+    rope_theta: float = 5e7  # of a VLA whose files do not tell
+    rounded_rope: bool = True  # of a params stream: rotary tables as in official bf16 training
+    image_size: int = 0  # pixels; 0: 256, or of a LAQ eight patches a side
+    window: float = 0.6  # LAQ: seconds between the frames it was trained on (not in the file)
+
+
+def rename(name, table):
+    for pattern, theirs in table:
+        name = re.sub(pattern, theirs, name)
+    return name
+
+
+def matched(kind, config, source, official):
+    """Strictly pair the tensors of a model with a source of weights -> (name, read) pairs.
+
+    source: their name -> (shape, read), read() -> tensor; official(name, shape) -> their name,
+    their shape, and take(read) -> the tensor in our form.  Raises ValueError in their names."""
+    with torch.device("meta"):
+        model = kind(config)
+    pairs, expected = [], {}
+    for name, tensor in model.state_dict().items():
+        theirs, shape, take = official(name, tuple(tensor.shape))
+        expected[theirs] = shape
+        pairs.append((name, lambda theirs=theirs, take=take: take(source[theirs][1])))
+    if problems := common.differences(expected, {n: shape for n, (shape, _) in source.items()}):
+        raise ValueError(problems)
+    return pairs
+
+
+def sizes(source, table):
+    """{field: (their name, axis)} -> {field: size of that axis}, for a configuration"""
+    for name, axis in table.values():
+        if not -1 <= axis < len(source.get(name, ((),))[0]):
+            raise ValueError(f"missing: {name}, or an axis of it")
+    return {field: source[name][0][axis] for field, (name, axis) in table.items()}
+
+
+def count(source, pattern):
+    """How many different numbers the group of `pattern` takes at the start of their names"""
+    return len({m[1] for m in map(re.compile(pattern).match, source) if m})
+
+
+# ------------------------------------------------------------------------ VLA: the params stream
+STREAM_KEYS = (  # ours -> official
+    (r"^text_embed\.weight", "transformer/wte/embedding"),
+    (r"^vision_embed\.weight", "transformer/vte/embedding"),
+    (r"^latent_embed\.weight", "transformer/dte/embedding"),
+    (r"^action_embed\.weight", "transformer/ate/embedding"),
+    (r"^text_head", "lm_head"), (r"^latent_head", "delta_head"), (r"^norm\.", "transformer/ln_f/"),
+    (r"^layers\.(\d+)\.", r"transformer/h/\1/"), (r"(w[qkvo])\.", r"attention/\1/"),
+    (r"(w[123])\.", r"feed_forward/\1/"), (r"[./]weight$", "/kernel"))
+HUGGING_KEYS = (  # ours -> Hugging Face's
+    (r"^text_embed", "model.embed_tokens"), (r"^text_head", "lm_head"), (r"^norm", "model.norm"),
+    (r"^layers", "model.layers"), (r"\.w([qkvo])\.", r".self_attn.\1_proj."),
+    (r"\.w1\.", ".mlp.gate_proj."), (r"\.w2\.", ".mlp.down_proj."), (r"\.w3\.", ".mlp.up_proj."),
+    (r"attention_norm", "input_layernorm"), (r"ffn_norm", "post_attention_layernorm"))
+HUGGING_SETTINGS = {  # ours -> Hugging Face's
+    "text_vocab": "vocab_size", "dim": "hidden_size", "mlp": "intermediate_size",
+    "layers": "num_hidden_layers", "heads": "num_attention_heads", "rms_eps": "rms_norm_eps",
+    "rope_theta": "rope_theta"}
+
+
+class Messages:
+    """msgpack values in a file.  What bin and ext forms carry is not read but told as a `range` of
+    the file's bytes, so that a walk costs no memory; a nested value is read by seeking there."""
+
+    LONG = {0xc4: 1, 0xc5: 2, 0xc6: 4, 0xc7: 1, 0xc8: 2, 0xc9: 4, 0xd9: 1, 0xda: 2, 0xdb: 4,
+            0xcc: 1, 0xcd: 2, 0xce: 4, 0xcf: 8, 0xdc: 2, 0xdd: 4, 0xde: 2, 0xdf: 4}
+
+    def __init__(self, file):
+        self.file, self.size = file, os.fstat(file.fileno()).st_size
+
+    def take(self, count):
+        block = self.file.read(count)
+        if len(block) < count:
+            raise EOFError
+        return block
+
+    def read(self, where=None):
+        if where is not None:
+            self.file.seek(where.start)
+        byte = self.take(1)[0]
+        if byte < 0x80 or byte in (0xc2, 0xc3):
+            return byte & 0x7f
+        n = int.from_bytes(self.take(self.LONG.get(byte, 0)), "big")
+        if 0x80 <= byte < 0x90 or byte in (0xde, 0xdf):
+            return {self.read(): self.read() for _ in range(byte & 15 if byte < 0x90 else n)}
+        if 0x90 <= byte < 0xa0 or byte in (0xdc, 0xdd):
+            return [self.read() for _ in range(byte & 15 if byte < 0xa0 else n)]
+        if 0xa0 <= byte < 0xc0 or byte in (0xd9, 0xda, 0xdb):
+            return self.take(byte & 31 if byte < 0xc0 else n).decode()
+        if 0xcc <= byte <= 0xcf:
+            return n
+        if 0xd4 <= byte <= 0xd8:
+            n = 1 << (byte - 0xd4)
+        elif byte not in self.LONG:
+            raise ValueError
+        start = self.file.tell() + (byte >= 0xd4 or 0xc7 <= byte <= 0xc9)  # behind an ext's type
+        if start + n > self.size:
+            raise EOFError
+        self.file.seek(start + n)
+        return range(start, start + n)
+
+
+def read_stream(path):
+    """Walk a params file (formats section 1) -> {name: (dims, dtype's name, byte ranges)}.
+
+    Raises ValueError that names the tensor where the file is cut short or holds something else."""
+    found, name = {}, "number 0"
+    with open(path, "rb") as file:
+        stream, end = Messages(file), 0
+        try:
+            while end < stream.size:
+                file.seek(end)
+                if stream.take(1) != b"\x92":  # an array of two: key and blob
+                    raise ValueError
+                key = stream.read()
+                name = "/".join(key)
+                blob = stream.read()
+                end = blob.stop
+                if key[0] in ("step", "opt_state"):  # of a whole training state
+                    continue
+                value = stream.read(blob)
+                if isinstance(value, dict):
+                    dims, parts = list(value["shape"].values()), list(value["chunks"].values())
+                    arrays = [stream.read(part) for part in parts]
+                else:
+                    arrays = [stream.read(value)]
+                    dims = arrays[0][0]
+                dtype, pieces = arrays[0][1], [array[2] for array in arrays]
+                size = math.prod(dims) * np.dtype(DTYPES[dtype][0]).itemsize
+                if sum(map(len, pieces)) != size:
+                    raise ValueError
+                found[re.sub("^(params/)+", "", name)] = tuple(dims), dtype, pieces
+        except EOFError:
+            raise ValueError(f"cut short in tensor {name}") from None
+        except (ValueError, TypeError, LookupError, AttributeError):
+            raise ValueError(f"tensor {name}, or what follows it: not a params stream") from None
+    return found
+
+
+def read_pieces(path, dims, dtype, pieces, layer=None):
+    """One tensor of a params file, or one layer of it, without reading the others"""
+    kind, ours = DTYPES[dtype]
+    flat = np.empty(math.prod(dims if layer is None else dims[1:]), kind)
+    need = memoryview(flat).cast("B")
+    skip, done = (layer or 0) * len(need), 0
+    with open(path, "rb") as file:
+        for piece in pieces:
+            part, skip = piece[skip:skip + len(need) - done], max(0, skip - len(piece))
+            file.seek(part.start)
+            done += file.readinto(need[done:done + len(part)])
+    return torch.from_numpy(flat).view(ours).reshape(dims if layer is None else dims[1:])
+
+
+def official_name(name, shape, scanned=0):
+    """Our VLA's tensor in a params stream, where kernels are (in, out) and, if scanned, the layers
+    (their number) lie in one tensor -> as `matched` wants it"""
+    theirs, layer = rename(name, STREAM_KEYS), None
+    turned = theirs.endswith("kernel") and len(shape) == 2
+    shape = shape[::-1] if turned else shape
+    if scanned and (at := re.search(r"/h/(\d+)/", theirs)):
+        theirs = theirs.replace(at[0], "/h/scan_decoder/")
+        layer, shape = int(at[1]), (scanned, *shape)
+    return theirs, shape, lambda read: read(layer).t() if turned else read(layer)
+
+
+def vla_config(source, official, c, scanned=1, **known):
+    """Shape of a VLA, read off its tensors: where one of several is wrong the others outvote it"""
+    numbers = lambda ours: math.prod(source.get(official(ours, (0, 0))[0], ((0,),))[0])
+    dim = mode(shape[-1] for shape, _ in source.values() if shape)
+    heads = c.heads or known.get("heads") or dim // 128
+    if not heads or dim % heads:
+        raise ValueError(f"width {dim} does not divide into {heads} heads: pass --heads")
+    for kind in VOCABULARIES:
+        known[f"{kind}_vocab"] = max(numbers(f"{kind}_embed.weight"),
+                                     numbers(f"{kind}_head.weight")) // dim
+    mlp = mode(numbers(f"layers.0.w{i}.weight") for i in (1, 2, 3)) // dim // scanned
+    return VLAConfig(**{"rope_theta": c.rope_theta, "image_size": c.image_size or 256, **known,
+                        "dim": dim, "heads": heads, "mlp": mlp})
+
+
+def from_stream(path, c):
+    """A params file -> its VLA's shape, and matched tensors"""
+    source = {name: (entry[0], partial(read_pieces, path, *entry))
+              for name, entry in read_stream(path).items()}
+    layers = [shape[0] for name, (shape, _) in source.items() if "/scan_decoder/" in name and shape]
+    scanned = mode(layers) if layers else 0
+    official = partial(official_name, scanned=scanned)
+    config = vla_config(source, official, c, scanned or 1, rounded_rope=c.rounded_rope,
+                        layers=scanned or count(source, r"transformer/h/(\d+)/"))
+    return config, matched(VLA, config, source, official)
+
+
+# ------------------------------------------------------------------------ VLA: Hugging Face
+def hugging_name(name, shape, heads, back=True):
+    """Our VLA's tensor in Hugging Face's layout, where the rotary pairs (0, 1), (2, 3).. of the
+    rows of a head of q and k are its two halves instead: evens, then odds (back: to ours)"""
+    def take(read):
+        if not name.endswith(("wq.weight", "wk.weight")):
+            return read()
+        pairs = (heads, 2, -1) if back else (heads, -1, 2)
+        return read().unflatten(0, pairs).transpose(1, 2).flatten(0, 2)
+    return rename(name, HUGGING_KEYS), shape, take
+
+
+def safetensors_source(path):
+    """The tensors of a safetensors file, or of all in a folder"""
+    source, read = {}, lambda path, name: safe_open(path, "pt").get_tensor(name)
+    for path in common.weight_files(path) if path.is_dir() else [path]:
+        with safe_open(path, "pt") as file:
+            source |= {name: (tuple(file.get_slice(name).get_shape()), partial(read, path, name))
+                       for name in file.keys()}
+    return source
+
+
+def from_hugging(path, c):
+    """A folder or file in Hugging Face's layout (LWM-Text) -> a VLA of text alone, as above"""
+    source = {name: entry for name, entry in safetensors_source(path).items()
+              if not name.endswith("rotary_emb.inv_freq")}  # a buffer of old exports
+    settings = path / "config.json"
+    settings = json.loads(settings.read_text()) if settings.is_file() else {}
+    known = {ours: settings[HUGGING_SETTINGS[ours]] for ours in ("heads", "rms_eps", "rope_theta")
+             if HUGGING_SETTINGS[ours] in settings}
+    config = vla_config(source, partial(hugging_name, heads=0), c, patch_size=0,
+                        layers=count(source, r"model\.layers\.(\d+)\."), **known)
+    return config, matched(VLA, config, source, partial(hugging_name, heads=config.heads))
+
+
+def to_hugging(folder, out):
+    """The text part of a VLA checkpoint -> what transformers.LlamaForCausalLM loads"""
+    folder, meta = common.open_checkpoint(folder, "source", ("pretrain", "finetune"))
+    config = VLAConfig(**meta["model"])
+    tensors = []
+    for name, (_, read) in safetensors_source(folder).items():
+        if name.startswith(("text_", "layers.", "norm.")):
+            theirs, _, take = hugging_name(name, (), config.heads, back=False)
+            tensors.append((theirs, partial(take, read)))
+    settings = {theirs: getattr(config, ours) for ours, theirs in HUGGING_SETTINGS.items()}
+    write(out, tensors, settings | {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "num_key_value_heads": config.heads, "max_position_embeddings": 4096, "bos_token_id": 1,
+        "eos_token_id": 2, "tie_word_embeddings": False},
+        {p.name: p for p in folder.glob("tokenizer.json")})
+
+
+# ------------------------------------------------------------------------ VQGAN: a pickle
+VQGAN_KEYS = (  # ours -> official
+    (r"^codebook$", "quantize/embeddings"), ("^to_code", "quant_conv"),
+    ("^from_code", "post_quant_conv"), (r"^(en|de)coder\.", r"\1coder/"),
+    (r"(encoder/)levels\.(\d+)\.", r"\1DownsamplingBlock_\2/"), (r"middle\.", "MidBlock_0/"),
+    (r"(decoder/)levels\.(\d+)\.", r"\1UpsamplingBlock_\2/"), (r"conv(\d)", r"Conv_\1"),
+    (r"(Down|Up)(.*)/\d\.(weight|bias)", r"\1\2/\1sample_0/Conv_0.\3"),
+    (r"/(\d+)\.", r"/ResnetBlock_\1/"), (r"norm(\d)\.weight", r"norm\1/scale"),
+    (r"norm(\d)", r"GroupNorm_\1"), (r"\.weight$", "/kernel"), (r"\.bias$", "/bias"))
+
+
+def rebuild_jax_array(make, arguments, state, _=None):
+    array = make(*arguments)
+    array.__setstate__(state)
+    return array
+
+
+class ArraysOnly(pickle.Unpickler):
+    """Builds dictionaries of numpy arrays and nothing else; anything else is refused by name"""
+
+    ALLOWED = {
+        "builtins.dict": dict, "collections.OrderedDict": dict,
+        "flax.core.frozen_dict.FrozenDict": dict, "jax._src.array._reconstruct_array":
+        rebuild_jax_array, "jax._src.device_array.reconstruct_device_array": rebuild_jax_array,
+        "numpy.ndarray": np.ndarray, "numpy.dtype": np.dtype,
+        "numpy._core.multiarray._reconstruct": np._core.multiarray._reconstruct,
+        "numpy._core.numeric._frombuffer": np._core.numeric._frombuffer,
+        "_codecs.encode": lambda text, encoding: text.encode(encoding)}  # bytes in old pickles
+
+    def find_class(self, module, name):
+        full = f"{module}.{name}".replace("numpy.core.", "numpy._core.")
+        if full not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"it wants to run {full}, which is not allowed")
+        return self.ALLOWED[full]
+
+
+def read_pickle(path):
+    """A pickled nested dictionary of arrays -> {"encoder/Conv_0/kernel": array}"""
+    def flatten(tree, at=()):
+        if isinstance(tree, dict):
+            for key, value in tree.items():
+                yield from flatten(value, (*at, str(key)))
+        elif isinstance(tree, np.ndarray) and tree.dtype.kind == "f":
+            yield "/".join(at), torch.from_numpy(np.ascontiguousarray(tree, np.float32))
+        else:
+            raise ValueError(f"{'/'.join(at) or 'the file'}: {type(tree).__name__}, expected an "
+                             "array of floats")
+    try:
+        with open(path, "rb") as file:
+            tree = dict(flatten(ArraysOnly(file).load()))
+    except Exception as error:  # a broken pickle can raise anything
+        raise ValueError(f"not a whole pickle of arrays: {error}") from None
+    return {re.sub("^params/", "", name): array for name, array in tree.items()}
+
+
+def official_vqgan_name(name, shape):
+    """Our VQGAN's tensor in the pickle, where convolutions are (height, width, in, out)"""
+    theirs = rename(name, VQGAN_KEYS)
+    if len(shape) == 4:
+        return theirs, (*shape[2:], shape[1], shape[0]), lambda read: read().permute(3, 2, 0, 1)
+    return theirs, shape, lambda read: read()
+
+
+def from_vqgan(path, c):
+    """LWM's pickled image tokenizer -> its shape, and matched tensors"""
+    source = {name: (tuple(a.shape), lambda a=a: a) for name, a in read_pickle(path).items()}
+    level, first = "encoder/DownsamplingBlock_", "/ResnetBlock_0/Conv_0/kernel"
+    found = sizes(source, {
+        "hidden": ("encoder/Conv_0/kernel", 3), "z_channels": ("encoder/Conv_1/kernel", 3),
+        "codebook_size": ("quantize/embeddings", 0), "quant_dim": ("quantize/embeddings", 1)})
+    widths = sizes(source, {i: (f"{level}{i}{first}", 3)
+                            for i in range(count(source, rf"{level}(\d+)/"))})
+    config = VQGANConfig(image_size=c.image_size or 256, **found,
+                         blocks=count(source, rf"{level}0/ResnetBlock_(\d+)/"),
+                         multipliers=[width // found["hidden"] for width in widths.values()])
+    return config, matched(VQGAN, config, source, official_vqgan_name)
+
+
+# ------------------------------------------------------------------------ LAQ: a torch file
+LAQ_KEYS = (  # ours -> official
+    (r"^position_bias\.net\.0\.", "spatial_rel_pos_bias.net.0.0."),
+    (r"^position_bias\.net\.2\.", "spatial_rel_pos_bias.net.1.0."),
+    (r"^position_bias\.net\.4\.", "spatial_rel_pos_bias.net.2."),
+    (r"^patch_embed\.2\.", "to_patch_emb_first_frame.3."),
+    (r"^patch_embed\.1\.", "to_patch_emb_first_frame.2."),
+    (r"^patch_embed\.0\.", "to_patch_emb_first_frame.1."),
+    (r"^to_pixels\.", "to_pixels_first_frame.0."),
+    (r"^(spatial|temporal)_encoder\.", r"enc_\1_transformer."),
+    (r"^decoder\.", "dec_spatial_transformer."),
+    (r"\.(norm|context_norm|norm_out)\.weight$", r".\1.gamma"),
+    (r"\.peg\.conv\.", ".0.dsconv."), (r"\.attention\.", ".1."), (r"\.cross\.", ".2."),
+    (r"\.ff\.3\.", ".3.4."), (r"\.ff\.", ".3."),
+    (r"^quantizer\.codebook$", "vq.codebooks"), (r"^quantizer\.cnn\.", "vq.cnn_encoder."),
+    (r"^quantizer\.", "vq."))
+
+
+def from_laq(path, c):
+    """Official LAQ file (with or without the `module.` prefix) -> its shape, and matched tensors.
+
+    --image_size defaults to the 8 patches a side that codes of length 1, 2 and 4 need."""
+    source = {}
+    for name, tensor in read_torch(path).items():
+        if name.endswith(".beta"):
+            if tensor.any():
+                raise ValueError(f"{name}: expected zeros (a LayerNorm without bias)")
+        elif tensor.numel():  # self-attention carries null_kv of size zero
+            source[name.removeprefix("module.")] = tuple(tensor.shape), tensor.float
+    found = sizes(source, {
+        "dim": ("to_patch_emb_first_frame.2.weight", 0), "codebook_size": ("vq.codebooks", 0),
+        "quant_dim": ("vq.codebooks", 1), "heads": ("spatial_rel_pos_bias.net.2.weight", 0),
+        "dim_head": ("enc_spatial_transformer.layers.0.1.q_scale", 0),
+        "patch_size": ("to_patch_emb_first_frame.2.weight", 1)})
+    patch = found["patch_size"] = math.isqrt(found["patch_size"] // 3)
+    depth = lambda part: count(source, rf"{part}_transformer\.layers\.(\d+)\.")
+    grid = c.image_size // patch or 8
+    kernel = source.get("vq.cnn_encoder.2.weight", ((),))[0][2:]  # of the second convolution
+    if not kernel and not c.image_size:
+        raise ValueError("pass --image_size: the tensors of so long a code do not tell it")
+    code_len = {(): math.ceil(grid / 2) ** 2, (4, 4): 1, (3, 4): 2}.get(
+        kernel, math.ceil(grid / 4) ** 2)
+    config = LAQConfig(
+        image_size=c.image_size or grid * patch, code_len=code_len, official_peg=True,
+        official_code_read=True, spatial_depth=depth("enc_spatial"),
+        temporal_depth=depth("enc_temporal"), decoder_depth=depth("dec_spatial"), **found)
+    source["vq.uses"] = (config.codebook_size,), partial(torch.zeros, config.codebook_size)  # ours
+    return config, matched(LAQ, config, source,
+                           lambda name, shape: (rename(name, LAQ_KEYS), shape, lambda read: read()))
+
+
+def read_torch(path):
+    """A flat dictionary of tensors from torch.save or safetensors"""
+    state = load_file(path) if path.suffix == ".safetensors" else \
+        torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
+        raise ValueError("expected a flat dictionary of tensors")
+    return state
+
+
+# ------------------------------------------------------------------------ tokenizer, bins
+def tokenizer_from(path):
+    """A SentencePiece BPE model (Llama's tokenizer.model) -> tokenizer.json's text"""
+    try:
+        from sentencepiece import SentencePieceProcessor
+    except ImportError:
+        common.fail(f"{path}: reading it needs sentencepiece (pip install sentencepiece)")
+    pieces = SentencePieceProcessor(model_file=str(path))
+    rank, merges = {pieces.id_to_piece(i): i for i in range(len(pieces))}, []
+    for word, i in rank.items():
+        for cut in range(1, len(word)):
+            a, b = word[:cut], word[cut:]
+            if a in rank and b in rank:
+                merges.append((-pieces.get_score(i), rank[a], rank[b], (a, b)))
+    tokenizer = Tokenizer(models.BPE(rank, [merge[-1] for merge in sorted(merges)],
+                                     unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"),
+                                                 normalizers.Replace(" ", "▁")])
+    tokenizer.add_special_tokens([  # the official tokenizer drops blanks beside them
+        AddedToken(word, lstrip=True, rstrip=True, normalized=False) for word in ("<s>", "</s>")])
+    return tokenizer.to_str()
+
+
+# ------------------------------------------------------------------------ command line
+def write(out, tensors, meta, files):
+    """A folder as common.write_checkpoint makes it, of (name, read) pairs, read() -> tensor"""
+    bar = tqdm(tensors, "tensors", mininterval=1.0)
+    with common.atomically(out) as draft:
+        common.write_checkpoint(draft, ((name, read()) for name, read in bar), meta, files)
+    print(f"wrote {out}/: " + ", ".join(sorted(p.name for p in Path(out).iterdir())))
+
+
+def kind_of(path):
+    """What an official file holds: vqgan, stream, hugging, laq, tokenizer or edges"""
+    if path.is_dir() or path.suffix == ".safetensors":
+        return "laq" if any("vq." in name for name in safetensors_source(path)) else "hugging"
+    if path.suffix in (".model", ".json", ".csv"):
+        return "edges" if path.suffix == ".csv" else "tokenizer"
+    with open(path, "rb") as file:
+        return {b"P": "laq", b"\x80": "vqgan"}.get(file.read(1), "stream")
 
 
 def convert(c):
-    source = Path(c.source)
-    if not source.is_file():
-        common.fail(f"{source}: no such file")
+    meta, tensors, files = {"step": 0}, [], {}
     if Path(c.out).exists():
         common.fail(f"{c.out} exists: remove it or choose another folder")
-    try:
-        state = load_file(source) if source.suffix == ".safetensors" else \
-            torch.load(source, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
-            raise ValueError("expected a flat dictionary of tensors")
-        model = laq_from_official(state, c.image_size or None)
-    except ValueError as error:
-        common.fail(f"{source}: {error}")
-    except Exception as error:  # whatever else a broken or foreign file provokes in the loaders
-        common.fail(f"{source}: cannot be read as tensors ({type(error).__name__})")
-    meta = {"stage": "quantize", "model": model.config.__dict__, "window": c.window,
-            "source": source.name}
-    path = common.save_checkpoint(c.out, 0, model.state_dict(), meta)
-    print(f"wrote {path}: code_len {model.config.code_len}, image_size {model.config.image_size}")
+    if c.to not in ("", "hf"):
+        common.fail(f"--to {c.to!r}: expected hf, or nothing")
+    broken = ValueError, OSError, RuntimeError, SafetensorError, pickle.UnpicklingError
+    for path in map(Path, c.source):
+        with common.refuse(f"{path}", broken):
+            if c.to == "hf":
+                return to_hugging(path, c.out)
+            kind = kind_of(path)
+            if kind == "laq":
+                config, tensors = from_laq(path, c)
+                meta |= {"stage": "quantize", "window": c.window, "model": asdict(config)}
+            elif kind == "vqgan":
+                config, pairs = from_vqgan(path, c)
+                files["vqgan.safetensors"] = [(name, read()) for name, read in pairs]
+                meta = {"stage": "vqgan", "vqgan": asdict(config)} | meta
+            elif kind in ("stream", "hugging"):
+                config, tensors = (from_stream if kind == "stream" else from_hugging)(path, c)
+                meta |= {"stage": "finetune" if config.action_vocab else "pretrain", "labels":
+                         "official", "template": data.OFFICIAL_TEMPLATE, "model": asdict(config)}
+            elif kind == "tokenizer":
+                files["tokenizer.json"] = path if path.suffix == ".json" else tokenizer_from(path)
+            else:
+                rows = path.read_text().splitlines()[1:]  # one a dimension; short ones end early
+                meta["bins"] = [[float(cell) for cell in row.split(",") if cell] for row in rows]
+    with common.refuse(f"{c.out}", broken):
+        write(c.out, tensors, meta, files)
 
 
 if __name__ == "__main__":
     convert(common.parse_options(ConvertConfig, sys.argv[1:], positional=("source", "out"),
-                                 usage="convert.py SOURCE OUT [options]")[0])
+                                 usage="convert.py SOURCE.. OUT [options]")[0])

@@ -9,8 +9,7 @@ A dataset is a folder with `episodes.jsonl`, one episode a line:
     video        a video file, a folder of images, or a .npy uint8 [T, H, W, 3]; path inside DATASET
     fps          frames a second (a video file may leave it out)
     frames       optional T, checked              actions      optional .npy float [T-1 or T, A]
-    captions     optional list of T strings       others       carried along, for `--where a=b`
-"""
+    captions     optional list of T strings       others       carried along, for `--where a=b`"""
 
 import hashlib
 import json
@@ -19,33 +18,34 @@ import re
 import shutil
 import subprocess
 import sys
-from collections import Counter, deque
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
+from statistics import mode
 from tempfile import TemporaryFile
-from threading import Lock, get_ident
+from threading import Lock
 
 import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
 
 import tabletop
-from common import fail, parse_options, refuse
-from model import ACTION, LATENT, TEXT, VISION
+from common import atomically, fail, latest, load_strictly, parse_options, refuse
+from model import ACTION, END_OF_IMAGE, LATENT, TEXT, VISION, VQGAN, VQGANConfig
 
 LOADING = Lock()  # CPython 3.11 parses .npy headers wrongly when several threads do it at once
-IMAGES = (".jpg", ".jpeg", ".png")
 FFMPEG_HINT = "ffmpeg is not installed (apt install ffmpeg, or pip install imageio-ffmpeg)"
 
 
 # ------------------------------------------------------------------------ episodes
-
 @dataclass
 class Episode:
     """frames: uint8 [T, S, S, 3] (memory-mapped); actions: float32 [T-1 or T, A] or None"""
@@ -56,21 +56,22 @@ class Episode:
     info: dict
     frames: np.ndarray = None
     actions: np.ndarray = None
+    key: str = ""  # of the frames in the cache
+    codes: np.ndarray = None  # uint16 [T, N] of a VQGAN, where the model reads those
 
 
 @dataclass
 class Dataset:
     path: Path
     fingerprint: str  # of episodes.jsonl: labels remember it
-    episodes: list = field(default_factory=list)
+    episodes: list
 
     def split(self, held_out):
         """-> (training episodes, held-out episodes): those whose `split` is not "train" or, where
         none has that field, the `held_out` ones whose id has the smallest SHA-256, so that adding
         an episode never moves more than one other across."""
-        if any("split" in e.info for e in self.episodes):
-            late = {e.id for e in self.episodes if e.info.get("split", "train") != "train"}
-        else:
+        late = {e.id for e in self.episodes if e.info.get("split", "train") != "train"}
+        if not any("split" in e.info for e in self.episodes):
             order = sorted(self.episodes, key=lambda e: hashlib.sha256(e.id.encode()).digest())
             late = {e.id for e in order[:held_out]}
         train = [e for e in self.episodes if e.id not in late]
@@ -87,56 +88,49 @@ def labelled_few(episodes, count, seed):
     return [known[i] for i in np.random.default_rng(seed).permutation(len(known))[:count]]
 
 
-def parse_where(text):
-    """"a=b,c=d" -> [("a", "b"), ("c", "d")]; refuses anything else"""
-    pairs = [tuple(part.split("=", 1)) for part in text.split(",") if part]
-    if not all(len(pair) == 2 and all(pair) for pair in pairs):
-        fail(f"--where {text!r}: expected name=value, comma separated")
-    return pairs
+def open_dataset(path, size, where="", actions_needed=False, official=False):
+    """Validate a dataset and open it at size x size pixels; exits with every defect listed.
 
-
-def open_dataset(path, size, where="", actions_needed=False):
-    """Validate a dataset and open it at size x size pixels; exits with every defect listed.  Only
-    the episodes that match `where` ("embodiment=robot,task=push") are decoded and returned."""
+    Only the episodes that match `where` ("embodiment=robot,task=push") are decoded and returned;
+    official: their frames are resized as LWM's VQGAN expects, not as the LAQ does."""
     path = Path(path)
     index = path / "episodes.jsonl"
     if not index.is_file():
         fail(f"{path}: no dataset there (expected {index})")
     rows, problems = _read_rows(index)
-    conditions = parse_where(where)
-    rows = [r for r in rows if all(str(r.get(k)) == v for k, v in conditions)]
+    conditions = [part.partition("=") for part in where.split(",") if part]
+    if not all(name and value for name, _, value in conditions):
+        fail(f"--where {where!r}: expected name=value, comma separated")
+    rows = [r for r in rows if all(str(r.get(name)) == value for name, _, value in conditions)]
     if not rows and not problems:
         fail(f"{index}: no episode" + (f" with {where}" if where else ""))
 
     def load(row):
         bad = []
         try:
-            episode = _load_episode(path, row, size, actions_needed, bad)
+            episode = _load_episode(path, row, size, actions_needed, official, bad)
         except Exception as error:  # a decoder's surprise is a defect of this episode
-            episode = bad.append(("video", f"{type(error).__name__}: {error}"))
-        return episode, [f"{index}: episode {row.get('id')!r}: field {name}: {text}"
-                         for name, text in bad]
+            episode = bad.append(f"video: {type(error).__name__}: {error}")
+        return episode, [f"{index}: episode {row['id']!r}: field {text}" for text in bad]
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         loaded = list(tqdm(pool.map(load, rows), total=len(rows), desc=f"frames of {path.name}",
                            disable=len(rows) < 2, leave=False, mininterval=0.5))
     problems += [line for _, lines in loaded for line in lines]
     episodes = [episode for episode, _ in loaded if episode is not None]
-    widths = Counter(e.actions.shape[1] for e in episodes if e.actions is not None)
-    common_width = widths.most_common(1)[0][0] if widths else None
-    problems += [f"{index}: episode {e.id!r}: field actions: width {e.actions.shape[1]}, "
-                 f"{common_width} in most other episodes" for e in episodes
-                 if e.actions is not None and e.actions.shape[1] != common_width]
+    widths = {e.id: e.actions.shape[1] for e in episodes if e.actions is not None}
+    usual = mode(widths.values()) if widths else None
+    problems += [f"{index}: episode {name!r}: field actions: width {width}, {usual} in most other "
+                 "episodes" for name, width in widths.items() if width != usual]
     if problems:
         shown = "\n  ".join(problems)
         fail(f"{len(problems)} defects in {path}\n  {shown}" if problems[1:] else shown)
-    mark = hashlib.sha256(index.read_bytes()).hexdigest()[:12]
-    return Dataset(path, mark, episodes)
+    return Dataset(path, hashlib.sha256(index.read_bytes()).hexdigest()[:12], episodes)
 
 
 def _read_rows(index):
     """-> rows that are JSON objects, and the defects that need no decoding"""
-    rows, problems, seen = [], [], Counter()
+    rows, problems = {}, []
     with refuse(f"{index}"):
         lines = index.read_text(encoding="utf-8-sig").split("\n")
     for number, line in enumerate(lines, 1):
@@ -144,144 +138,150 @@ def _read_rows(index):
             continue
         try:
             row = json.loads(line)
-            assert isinstance(row, dict)
-        except (ValueError, AssertionError):
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
             problems.append(f"{index}: line {number}: expected one JSON object")
-            continue
-        if not isinstance(row.get("id"), str) or not row["id"]:
+        elif not isinstance(row.get("id"), str) or not row["id"]:
             problems.append(f"{index}: line {number}: field id: expected a name")
-            continue
-        seen[row["id"]] += 1
-        if seen[row["id"]] > 1:
+        elif row["id"] in rows:
             problems.append(f"{index}: episode {row['id']!r}: field id: duplicate (line {number})")
-            continue
-        rows.append(row)
-    return rows, problems
-
-
-def _kind(path):
-    return "npy" if path.suffix == ".npy" else "folder" if path.is_dir() else "file"
+        else:
+            rows[row["id"]] = row
+    return list(rows.values()), problems
 
 
 def _inside(root, text):
     """A relative path that stays inside the dataset, or None"""
-    if not isinstance(text, str) or not text or Path(text).is_absolute() or \
-            ".." in Path(text).parts:
-        return None
-    return root / text
+    if isinstance(text, str) and text and not os.path.isabs(text) and ".." not in Path(text).parts:
+        return root / text
+    return None
 
 
-def _load_episode(root, row, size, actions_needed, bad):
-    """-> Episode; appends (field, text) to `bad` for each defect"""
-    if not isinstance(row.get("instruction"), str) or not row["instruction"].strip():
-        bad.append(("instruction", "expected words, found " + repr(row.get("instruction"))))
-    fps, frames, actions, captions = row.get("fps"), None, None, row.get("captions")
+def _load_episode(root, row, size, actions_needed, official, bad):
+    """-> Episode; appends "field: text" to `bad` for each defect"""
+    instruction, fps, captions = row.get("instruction"), row.get("fps"), row.get("captions")
+    frames = key = actions = T = None
+    if not isinstance(instruction, str) or not instruction.strip():
+        bad.append(f"instruction: expected words, found {instruction!r}")
     video = _inside(root, row.get("video"))
     if video is None:
-        bad.append(("video", f"expected a path inside the dataset, found {row.get('video')!r}"))
+        bad.append(f"video: expected a path inside the dataset, found {row.get('video')!r}")
     elif not video.exists():
-        bad.append(("video", f"{video} does not exist"))
+        bad.append(f"video: {video} does not exist")
     else:
         try:
-            frames = cached_frames(video, size)
-            if fps is None and _kind(video) == "file":
+            frames, key = cached_frames(video, size, official)
+            T = len(frames)
+            if fps is None and video.suffix != ".npy" and not video.is_dir():
                 fps = _probe_fps(video)
         except (OSError, ValueError, SyntaxError) as error:  # PIL raises SyntaxError on broken PNGs
-            bad.append(("video", f"{video} cannot be decoded: {error}"))
+            bad.append(f"video: {video} cannot be decoded: {error}")
     if type(fps) not in (int, float) or not 0 < fps < np.inf:
-        bad.append(("fps", f"expected frames a second, found {fps!r}"))
-    T = None if frames is None else len(frames)
-    if T is not None and T < 2:
-        bad.append(("video", f"{video} holds {T} frame, expected at least 2"))
-    if T is not None and "frames" in row and row["frames"] != T:
-        bad.append(("frames", f"says {row['frames']!r}, but {video} holds {T}"))
-    if captions is not None and T is not None and not (
-            isinstance(captions, list) and len(captions) == T
-            and all(isinstance(c, str) for c in captions)):
-        bad.append(("captions", f"expected a list of {T} strings"))
+        bad.append(f"fps: expected frames a second, found {fps!r}")
+    if frames is not None:
+        if T < 2:
+            bad.append(f"video: {video} holds {T} frame, expected at least 2")
+        if row.get("frames", T) != T:
+            bad.append(f"frames: says {row['frames']!r}, but {video} holds {T}")
+        if captions is not None and not (isinstance(captions, list)
+                                         and [type(c) for c in captions] == [str] * T):
+            bad.append(f"captions: expected a list of {T} strings")
     if row.get("actions") is not None:
         actions = _load_actions(root, row["actions"], T, bad)
     elif actions_needed:
-        bad.append(("actions", "missing, and this stage needs labelled episodes"))
-    return None if bad else Episode(row["id"], row["instruction"].strip(), float(fps), row, frames,
-                                    actions)
+        bad.append("actions: missing, and this stage needs labelled episodes")
+    return None if bad else Episode(row["id"], instruction.strip(), float(fps), row, frames,
+                                    actions, key)
 
 
 def _load_actions(root, text, T, bad):
     path = _inside(root, text)
     if path is None or not path.is_file():
-        return bad.append(("actions", f"{path or text} does not exist inside the dataset"))
+        return bad.append(f"actions: {path or text} does not exist inside the dataset")
     try:
         with LOADING:
-            actions = np.load(path)
-        actions = actions.astype(np.float32, casting="same_kind")
+            actions = np.load(path).astype(np.float32, casting="same_kind")
     except (OSError, ValueError, TypeError, EOFError, AttributeError) as error:
-        return bad.append(("actions", f"{path} is no array of numbers: {error}"))
+        return bad.append(f"actions: {path} is no array of numbers: {error}")
+    expected = f"({T - 1} or {T}, A)" if T else "(T-1 or T, A)"
     if actions.ndim != 2 or actions.shape[1] == 0 or \
             (T is not None and len(actions) not in (T - 1, T)):
-        return bad.append(("actions", f"{path} has shape {actions.shape}, expected "
-                           + (f"({T - 1} or {T}, A)" if T else "(T-1 or T, A)")))
-    if not np.isfinite(actions).all():
-        row = int((~np.isfinite(actions)).any(1).argmax())
-        return bad.append(("actions", f"{path} holds NaN or infinity, first in row {row}"))
+        return bad.append(f"actions: {path} has shape {actions.shape}, expected {expected}")
+    broken = np.flatnonzero(~np.isfinite(actions).all(1))
+    if len(broken):
+        return bad.append(f"actions: {path} holds NaN or infinity, first in row {broken[0]}")
     return actions
 
 
-# ------------------------------------------------------------------------ frames
+# ------------------------------------------------------------------------ frames and their codes
+def cached_frames(video, size, official=False):
+    """Frames of one video at size x size as a memory-mapped uint8 array [T, size, size, 3], and a
+    key that is its own in the cache.
 
-def cached_frames(video, size):
-    """Frames of one video at size x size as a memory-mapped uint8 array [T, size, size, 3].
-
-    Decoded once into $LAPA_CACHE (default .cache here), one file an episode, keyed by the source's
-    path, size and mtime.  Each file is renamed into place when whole: a killed run continues where
-    it stopped, and two processes do no harm.  Raises OSError or ValueError when undecodable."""
-    kind = _kind(video)
-    if kind == "npy":
-        with LOADING:
-            array = np.load(video, mmap_mode="r")
-        if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
-            raise ValueError(f"{array.dtype} {array.shape}, expected uint8 (T, H, W, 3)")
-        if array.shape[1:3] == (size, size):
-            return array
-    parts = _image_files(video) if kind == "folder" else [video]
+    Decoded once into $LAPA_CACHE (default .cache here), one file an episode, which appears whole:
+    killed runs and two processes do no harm.  Raises OSError or ValueError when undecodable."""
+    parts = [video]
+    if video.is_dir():  # its pictures in natural order: img_2 before img_10
+        natural = lambda p: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", p.name)]
+        pictures = (p for p in video.iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
+        parts = sorted(pictures, key=natural)
     stamps = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in parts]
     key = hashlib.sha256(repr((str(video.resolve()), stamps)).encode()).hexdigest()[:24]
-    cached = Path(os.environ.get("LAPA_CACHE", ".cache")) / f"frames_{size}" / f"{key}.npy"
+    if video.suffix == ".npy":
+        with LOADING:
+            source = np.load(video, mmap_mode="r")
+        if source.dtype != np.uint8 or source.ndim != 4 or source.shape[3] != 3:
+            raise ValueError(f"{source.dtype} {source.shape}, expected uint8 (T, H, W, 3)")
+        if source.shape[1:3] == (size, size):
+            return source, key
+    elif video.is_dir():
+        source = (np.asarray(Image.open(p).convert("RGB")) for p in parts)
+    else:
+        source = _decode(video)
+    cached = _cache(f"frames_{size}" + "_official" * official, key)
     if not cached.is_file():
-        source = array if kind == "npy" else _decode(video) if kind == "file" else \
-            map(np.asarray, (Image.open(p).convert("RGB") for p in parts))
-        frames = [resize(frame, size) for frame in source]
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        draft = cached.with_name(f".{key}.{os.getpid()}.{get_ident()}.npy")  # one a thread
-        np.save(draft, np.stack(frames) if frames else np.zeros((0, size, size, 3), np.uint8))
-        os.replace(draft, cached)
+        frames = [(official_resize if official else resize)(frame, size) for frame in source]
+        frames = np.stack(frames) if frames else np.zeros((0, size, size, 3), np.uint8)
+        with atomically(cached) as draft:
+            np.save(draft, frames)
     with LOADING:
-        return np.load(cached, mmap_mode="r")
+        return np.load(cached, mmap_mode="r"), key
+
+
+def _cache(kind, key):
+    return Path(os.environ.get("LAPA_CACHE", ".cache")) / kind / f"{key}.npy"
 
 
 def resize(frame, size):
     """uint8 [H, W, 3] -> [size, size, 3]: PIL bilinear, antialiased (official LAQ preprocessing)"""
-    if frame.shape[:2] == (size, size):
-        return frame
     return np.asarray(Image.fromarray(frame).resize((size, size), Image.BILINEAR))
 
 
-def _image_files(folder):
-    """Pictures of a folder in natural order: img_2 before img_10"""
-    natural = lambda p: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", p.name)]
-    return sorted((p for p in folder.iterdir() if p.suffix.lower() in IMAGES), key=natural)
+def official_resize(frame, size):
+    """uint8 [H, W, 3] -> [size, size, 3]: the longest side to `size`, then to the square, each as
+    OpenCV's bilinear resize does, to the bit (official VLA preprocessing; no antialiasing)"""
+    def taps(source, goal):  # two neighbours and their weights, in units of 1/2048
+        place = ((np.arange(goal) + 0.5) * (source / goal) - 0.5).astype(np.float32)
+        at, share = np.floor(place).astype(int), np.rint(place % 1 * 2048).astype(int)
+        return at.clip(0, source - 1), (at + 1).clip(0, source - 1), 2048 - share, share
+    scale = size / max(frame.shape[:2])
+    for height, width in ([max(1, round(n * scale)) for n in frame.shape[:2]], (size, size)):
+        a, b, u, v = taps(frame.shape[1], width)
+        x = frame[:, a] * u[:, None] + frame[:, b] * v[:, None]
+        a, b, u, v = taps(frame.shape[0], height)
+        x = ((x[a] >> 4) * u[:, None, None] >> 16) + ((x[b] >> 4) * v[:, None, None] >> 16)
+        frame = ((x + 2) >> 2).astype(np.uint8)
+    return frame
 
 
 @lru_cache
 def _ffmpeg():
     """-> ffmpeg, and its option that hands every frame over once; versions before 5.1 differ"""
-    program = shutil.which("ffmpeg")
-    if not program:
-        try:
-            import imageio_ffmpeg
-            program = imageio_ffmpeg.get_ffmpeg_exe()
-        except (ImportError, RuntimeError):
-            raise ValueError(FFMPEG_HINT) from None
+    try:
+        program = shutil.which("ffmpeg") or import_module("imageio_ffmpeg").get_ffmpeg_exe()
+    except (ImportError, RuntimeError):
+        raise ValueError(FFMPEG_HINT) from None
     known = subprocess.run([program, "-hide_banner", "-h", "long"], capture_output=True).stdout
     return program, "-fps_mode" if b"-fps_mode" in known else "-vsync"
 
@@ -292,18 +292,16 @@ def _decode(video):
     command = [program, "-v", "error", "-nostdin", "-threads", "1", "-i", str(video), "-map",
                "0:v:0", each_once, "passthrough", "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt",
                "rgb24", "-"]
-    with TemporaryFile() as said, \
-            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said) as process:
-        pipe = process.stdout
-        while pipe.readline() == b"P6\n":
-            width, height = map(int, pipe.readline().split())
-            pipe.readline()  # 255
-            data = pipe.read(width * height * 3)
-            if len(data) < width * height * 3:
-                break
-            yield np.frombuffer(data, np.uint8).reshape(height, width, 3)
-        pipe.close()
-        process.wait()
+    with TemporaryFile() as said:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said) as process:
+            pipe = process.stdout
+            while pipe.readline() == b"P6\n":
+                width, height = map(int, pipe.readline().split())
+                pipe.readline()  # 255
+                data = pipe.read(width * height * 3)
+                if len(data) < width * height * 3:
+                    break
+                yield np.frombuffer(data, np.uint8).reshape(height, width, 3)
         said.seek(0)
         complaint = said.read().decode(errors="replace").strip()
     if process.returncode or complaint:
@@ -321,8 +319,56 @@ def to_float(frames):
     return torch.from_numpy(np.ascontiguousarray(frames)).movedim(-1, -3).float() / 255
 
 
-# ------------------------------------------------------------------------ windows and batches
+def load_vqgan(path, option, device):
+    """The image tokenizer in a checkpoint's folder -> VQGAN, frozen; its `file` is on disk"""
+    folder = latest(path)
+    try:
+        vqgan = VQGAN(VQGANConfig(**json.loads((folder / "config.json").read_text())["vqgan"]))
+        vqgan.file = folder / "vqgan.safetensors"
+        load_strictly(vqgan, load_file(vqgan.file))
+    except (KeyError, TypeError, OSError, ValueError, SafetensorError) as error:
+        fail(f"--{option} {folder}: expected a VQGAN there, since images are read as its codes; "
+             f"convert.py puts one beside a model: {error!r}")
+    return vqgan.to(device).eval()
 
+
+def add_codes(episodes, vqgan, processes):
+    """Give episodes the codes of their frames, uint16 [T, N] memory-mapped: made once, beside the
+    frame cache, each process its share, under the VQGAN's hash"""
+    mark = hashlib.sha256(vqgan.file.read_bytes()).hexdigest()[:12]
+    path = lambda e: _cache(f"codes_{mark}_{e.frames.shape[1]}", e.key)
+    missing = [e for e in episodes if not path(e).is_file()][processes.rank::processes.world]
+    for e in tqdm(missing, "image codes", mininterval=1.0, leave=False, disable=not processes.main):
+        codes = [vqgan.encode(to_float(np.array(e.frames[t:t + 16])).to(processes.device) * 2 - 1)
+                 for t in range(0, len(e.frames), 16)]
+        codes = torch.cat(codes).cpu().numpy().astype(np.uint16)
+        with atomically(path(e)) as draft:
+            np.save(draft, codes)
+    processes.barrier()
+    for e in episodes:
+        e.codes = np.load(path(e), mmap_mode="r")
+
+
+def put_codes(tokens, kinds, codes):
+    """tokens, kinds [B, L], codes [B, N] -> tokens with codes and END_OF_IMAGE where vision is"""
+    image = torch.cat((codes, torch.full_like(codes[:, :1], END_OF_IMAGE)), dim=1)
+    vision = kinds == VISION
+    return torch.where(vision, image.gather(1, (vision.cumsum(1) - 1).clamp(min=0)), tokens)
+
+
+def augment(batch, share, vqgan, *part):
+    """Move a batch's pictures by random offsets (wherever a camera looks, the motion is the same);
+    a VQGAN then reads them anew.  At share 0 the batch as it is; part: see random_shift."""
+    if not share:
+        return batch
+    images = random_shift(batch["images"], share, *part)
+    if vqgan is None:
+        return {**batch, "images": images}
+    codes = vqgan.encode(images)
+    return {**batch, "images": None, "tokens": put_codes(batch["tokens"], batch["kinds"], codes)}
+
+
+# ------------------------------------------------------------------------ windows and batches
 def window_frames(seconds, fps):
     """A window in seconds -> H in whole frames of an episode, at least 1 (0.6 s at 5 fps: 3)"""
     return max(1, int(seconds * fps + 0.5))
@@ -335,12 +381,9 @@ def future_index(t, length, h):
 
 def frame_pairs(episodes, which, window):
     """which [(episode index, t), ..] -> uint8 [B, 2, S, S, 3]: x_t and x_{t+H}"""
-    out = []
-    for e, t in which:
-        frames = episodes[e].frames
-        h = window_frames(window, episodes[e].fps)
-        out.append(frames[[t, int(future_index(t, len(frames), h))]])
-    return np.stack(out)
+    def pair(e, t):
+        return e.frames[[t, future_index(t, len(e.frames), window_frames(window, e.fps))]]
+    return np.stack([pair(episodes[e], t) for e, t in which])
 
 
 def draw(seed, step, batch, lengths):
@@ -355,37 +398,33 @@ def stream(make, start, stop, workers=1, ahead=3):
     """Yield make(step) for step in start..stop-1, prepared in the background, always in order."""
     with ThreadPoolExecutor(workers) as pool:
         waiting = deque()
-        for step in range(start, stop):
-            waiting.append(pool.submit(make, step))
-            if len(waiting) > ahead:
+        for step in range(start, stop + ahead):
+            if step < stop:
+                waiting.append(pool.submit(make, step))
+            if step >= start + ahead:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
 
 
-def random_shift(pictures, share):
+def random_shift(pictures, share, batch=None, mine=slice(None)):
     """Move the pictures of each row [B, .., H, W] by one random offset of up to `share` of their
-    size, edges replicated: every frame of a pair moves alike."""
+    size, edges replicated.  The rows are the part `mine` of a global batch of offsets."""
     B, H, W = len(pictures), *pictures.shape[-2:]
     def shifted(length):
         most = int(share * length)
-        offset = torch.randint(-most, most + 1, (B, 1))
+        offset = torch.randint(-most, most + 1, (batch or B, 1))[mine]
         return (torch.arange(length) + offset).clamp(0, length - 1).to(pictures.device)
     at = torch.arange(B, device=pictures.device)[:, None, None]
     moved = pictures.movedim((-2, -1), (1, 2))[at, shifted(H)[:, :, None], shifted(W)[:, None]]
     return moved.movedim((1, 2), (-2, -1))
 
 
-# ------------------------------------------------------------------------ latent labels
-
+# ------------------------------------------------------------------------ labels and action bins
 def save_labels(path, labels, meta):
     """labels: episode id -> int [T, K], into one safetensors file whose header holds meta: LAQ
     fingerprint, window, codebook size, dataset mark"""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({name: rows.astype(np.uint16) for name, rows in labels.items()}, draft,
-              {"meta": json.dumps(meta)})
-    os.replace(draft, path)
+    packed = {name: rows.astype(np.uint16) for name, rows in labels.items()}
+    with atomically(path) as draft:
+        save_file(packed, draft, {"meta": json.dumps(meta)})
 
 
 def load_labels(path, dataset, episodes):
@@ -405,8 +444,6 @@ def load_labels(path, dataset, episodes):
     return [found[e.id] for e in episodes], meta
 
 
-# ------------------------------------------------------------------------ action bins
-
 def fit_bins(actions, bins=256, binary=""):
     """Edges of up to `bins` bins of equal count a dimension (paper 3.3), as pandas' qcut cuts them.
 
@@ -422,28 +459,24 @@ def fit_bins(actions, bins=256, binary=""):
 
 def to_bins(actions, edges):
     """float [.., A] -> int64 [.., A]: the bin whose left edge is the last one <= the value; values
-    outside fall into the end bins"""
-    columns = [np.clip(np.searchsorted(e, actions[..., a], side="right") - 1, 0, max(len(e) - 2, 0))
-               for a, e in enumerate(edges)]
+    outside fall into the end bins, since only the inner edges count"""
+    columns = [np.searchsorted(e[1:-1], actions[..., a], side="right") for a, e in enumerate(edges)]
     return np.stack(columns, -1).astype(np.int64)
 
 
 def from_bins(indices, edges):
-    """int [.., A] -> float64 [.., A]: the middle of each bin; an index past a dimension's last bin
-    counts as the last"""
-    columns = []
-    for a, e in enumerate(edges):
-        middles = (e[1:] + e[:-1]) / 2 if len(e) > 1 else e
-        columns.append(middles[np.clip(indices[..., a], 0, len(middles) - 1)])
+    """int [.., A] -> float64 [.., A]: the middle of each bin; past the last bin counts as last"""
+    middles = [(e[1:] + e[:-1]) / 2 if len(e) > 1 else e for e in edges]
+    columns = [m[np.clip(indices[..., a], 0, len(m) - 1)] for a, m in enumerate(middles)]
     return np.stack(columns, -1)
 
 
 # ------------------------------------------------------------------------ words and sequences
-
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
-SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<vision>", "</vision>", "<delta>", "</delta>",
-           "<action>", "</action>"]
+OFFICIAL_TEMPLATE = ("<s> You are a helpful assistant. USER: What action should the robot take to "
+                     "`{instruction}` ASSISTANT:")
 TAGS = {LATENT: ("<delta>", "</delta>"), ACTION: ("<action>", "</action>"), TEXT: ("", "")}
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<vision>", "</vision>", *TAGS[LATENT], *TAGS[ACTION]]
 
 
 def train_tokenizer(texts):
@@ -458,15 +491,15 @@ def train_tokenizer(texts):
 
 def dataset_tokenizer(dataset):
     """DATASET/tokenizer.json where there is one, else words of the dataset's own instructions"""
-    path = dataset.path / "tokenizer.json"
-    if path.is_file():
-        return read_tokenizer(path)
+    if (dataset.path / "tokenizer.json").is_file():
+        return read_tokenizer(dataset.path)
     return train_tokenizer([text for e in dataset.episodes
                             for text in (e.instruction, *e.info.get("captions", ()))])
 
 
-def read_tokenizer(path):
-    """A tokenizers-library file, e.g. beside a dataset or in a checkpoint of stage 2 or 3"""
+def read_tokenizer(folder):
+    """tokenizer.json of a dataset or of a checkpoint of stage 2 or 3, in the library's format"""
+    path = latest(folder) / "tokenizer.json"
     with refuse(f"{path}: no tokenizer", Exception):  # the library raises nothing more precise
         return Tokenizer.from_file(str(path))
 
@@ -483,16 +516,17 @@ class Sequences:
     """Instruction + image + answer -> one row of tokens (official layout, formats section 5).
 
     bos, text, <vision> image </vision>, <delta> codes </delta>, eos.  An answer is latent codes
-    (`<delta>`), action bins (`<action>`) or plain text (a caption, no tags)."""
+    (`<delta>`), action bins (`<action>`) or plain text (a caption, no tags).  `length`: cut or pad
+    training rows to it (0: pad to the longest); official_cut moves their mask one step too far."""
 
-    def __init__(self, tokenizer, image_tokens, template="{instruction}"):
+    def __init__(self, tokenizer, image_tokens, template="{instruction}", length=0,
+                 official_cut=False):
         self.tokenizer, self.image_tokens, self.template = tokenizer, image_tokens, template
-        self.words = lru_cache(maxsize=65536)(self._words)
+        self.length, self.official_cut = length, official_cut
+        self.words = lru_cache(maxsize=65536)(lambda text: tokenizer.encode(
+            text, add_special_tokens=False).ids if text else [])
         with refuse("--template: expected words around {instruction}", (ValueError, LookupError)):
             template.format(instruction="\0").index("\0")
-
-    def _words(self, text):
-        return self.tokenizer.encode(text, add_special_tokens=False).ids if text else []
 
     def prompt(self, instruction, kind):
         """-> (tokens, kinds) up to where the answer begins"""
@@ -502,49 +536,57 @@ class Sequences:
         return opening + [0] * self.image_tokens + closing, \
             [TEXT] * len(opening) + [VISION] * self.image_tokens + [TEXT] * len(closing)
 
-    def rows(self, instructions, answers, kind):
-        """Training rows, right-padded with eos-free padding and shifted by one.
+    def rows(self, instructions, answers, kind, codes=None):
+        """Training rows, right-padded (with id 1, as official) and shifted by one.
 
-        answers: int [B, n] codes or bins, or B strings.  -> dict of tensors [B, L]: tokens, kinds
-        (inputs), targets, target_kinds, mask (bool: the answer with its tags, and eos)."""
+        answers: int [B, n] codes or bins, or B strings; codes: int64 [B, N] of the images.  ->
+        tensors [B, L]: tokens, kinds (inputs), targets, target_kinds, mask (answer, tags, eos)."""
+        opening, closing = (self.words(tag) for tag in TAGS[kind])
         built = []
         for instruction, answer in zip(instructions, answers):
             tokens, kinds = self.prompt(instruction, kind)
-            begin = len(tokens) - len(self.words(TAGS[kind][0]))
+            begin = len(tokens) - len(opening)
             answer = self.words(answer) if kind == TEXT else [int(a) for a in answer]
-            closing = [*self.words(TAGS[kind][1]), EOS]
-            built.append((tokens + answer + closing,
-                          kinds + [kind] * len(answer) + [TEXT] * len(closing), begin))
-        length = max(len(tokens) for tokens, _, _ in built)
-        full = torch.full((3, len(built), length), PAD)
-        full[1] = TEXT
-        for i, (tokens, kinds, begin) in enumerate(built):
-            full[0, i, :len(tokens)] = torch.tensor(tokens)
-            full[1, i, :len(tokens)] = torch.tensor(kinds)
-            full[2, i, begin:len(tokens)] = 1
-        return {"tokens": full[0, :, :-1], "kinds": full[1, :, :-1], "targets": full[0, :, 1:],
-                "target_kinds": full[1, :, 1:], "mask": full[2, :, 1:].bool()}
+            tokens = tokens + answer + closing + [EOS]
+            kinds = kinds + [kind] * len(answer) + [TEXT] * (len(closing) + 1)
+            mask = [0] * begin + [1] * (len(tokens) - begin)
+            if self.official_cut and len(tokens) > self.length + 1:
+                mask[:self.length + 1] = mask[1:self.length + 1] + [0]
+            # The last token, which no input needs, is padding there.
+            built.append(torch.tensor([tokens[:-1] + [BOS], tokens, kinds, mask]))
+        length = self.length + 1 if self.length else max(row.shape[1] for row in built)
+        full = torch.tensor([BOS, BOS, TEXT, 0])[:, None, None].repeat(1, len(built), length)
+        for i, row in enumerate(built):
+            full[:, i, :row.shape[1]] = row[:, :length]
+        if codes is not None:
+            full[:2] = put_codes(full[:2], full[2], codes)
+        inputs, targets, kinds, mask = full
+        return {"tokens": inputs[:, :-1], "kinds": kinds[:, :-1], "targets": targets[:, 1:],
+                "target_kinds": kinds[:, 1:], "mask": mask[:, 1:].bool()}
 
     def batch(self, episodes, answers, kind, which, device):
-        """`rows` of frames which [(episode index, t), ..], with their pictures: images float
-        [B, 3, S, S] in [-1, 1].  answers: one [T, n] array, or list of T strings, an episode."""
-        batch = self.rows([episodes[e].instruction for e, _ in which],
-                          [answers[e][t] for e, t in which], kind)
-        batch["images"] = to_float(np.stack([episodes[e].frames[t] for e, t in which])) * 2 - 1
-        return {name: tensor.to(device) for name, tensor in batch.items()}
+        """`rows` of frames which [(episode index, t), ..], with their codes or else their pictures:
+        images float [B, 3, S, S] in [-1, 1].  answers: an episode's [T, n] array or T strings."""
+        chosen = [episodes[e] for e, _ in which]
+        stack = lambda field: np.stack([getattr(e, field)[t] for e, (_, t) in zip(chosen, which)])
+        codes = None if chosen[0].codes is None else torch.from_numpy(stack("codes").astype(int))
+        batch = self.rows([e.instruction for e in chosen], [answers[e][t] for e, t in which], kind,
+                          codes)
+        batch["images"] = to_float(stack("frames")) * 2 - 1 if codes is None else None
+        return {name: x if x is None else x.to(device) for name, x in batch.items()}
 
-    def prompts(self, instructions, kind):
-        """Prompts for generation, left-padded: tokens, kinds int64 [B, L], valid bool [B, L]"""
+    def prompts(self, instructions, kind, codes=None, length=0):
+        """Prompts for generation, left-padded to the longest or `length`: tokens, kinds int64
+        [B, L], valid bool [B, L].  codes: int64 [B, N] of the images"""
         built = [self.prompt(text, kind) for text in instructions]
-        length = max(len(tokens) for tokens, _ in built)
+        length = max(length, *(len(tokens) for tokens, _ in built))
         tokens = torch.tensor([[PAD] * (length - len(t)) + t for t, _ in built])
         kinds = torch.tensor([[TEXT] * (length - len(k)) + k for _, k in built])
         valid = torch.tensor([[False] * (length - len(t)) + [True] * len(t) for t, _ in built])
-        return tokens, kinds, valid
+        return tokens if codes is None else put_codes(tokens, kinds, codes), kinds, valid
 
 
 # ------------------------------------------------------------------------ the built-in dataset
-
 @dataclass
 class TabletopOptions:
     out: str  # folder to write
@@ -563,77 +605,15 @@ def make_tabletop(options):
     out = Path(options.out)
     if out.exists():
         fail(f"{out} exists: remove it or choose another folder")
-    draft = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        with refuse(f"{out}"):
-            for name in ("videos", "actions"):
-                (draft / name).mkdir(parents=True)
-            rows = list(_scenes(options, draft) if options.scenes else _episodes(options, draft))
-        with open(draft / "episodes.jsonl", "w") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+    with refuse(f"{out}"), atomically(out) as draft:
+        for name in ("videos", "actions"):
+            (draft / name).mkdir(parents=True)
+        rows = list(tabletop.scenes(options, draft, (TAGS[LATENT], TAGS[ACTION]))
+                    if options.scenes else tabletop.record(options, draft))
+        (draft / "episodes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         train_tokenizer(tabletop.vocabulary()).save(str(draft / "tokenizer.json"))
-        os.replace(draft, out)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     videos = {row["video"]: row["frames"] for row in rows}
     print(f"wrote {out}: {len(rows)} episodes, {sum(videos.values())} frames")
-
-
-def _episodes(o, draft):
-    """Record the scripted expert; failures are dropped: every video shows its instruction."""
-    unseen, kept = set(tabletop.tasks("unseen")), 0
-    for part in range(-(-o.episodes // 250) + 1):
-        env = tabletop.TableTop(250, o.embodiment, o.look, o.tasks, size=o.size)
-        obs, _ = env.reset((o.seed, part))
-        images, actions = [obs["image"]], []
-        while not env.done.all():
-            action = env.expert(o.noise)
-            obs, *_ = env.step(action)
-            images.append(obs["image"])
-            actions.append(action)
-        images, actions = np.stack(images, 1), np.stack(actions, 1).astype(np.float32)
-        for b in np.flatnonzero(env.success):
-            if kept == o.episodes:
-                return
-            name, T = f"{o.embodiment}_{kept:05d}", env.steps[b] + 1
-            np.save(draft / "videos" / f"{name}.npy", images[b, :T])
-            np.save(draft / "actions" / f"{name}.npy", actions[b, :T - 1])
-            yield {"id": name, "instruction": env.instructions[b], "video": f"videos/{name}.npy",
-                   "fps": tabletop.FPS, "frames": int(T), "actions": f"actions/{name}.npy",
-                   "task": tabletop.FAMILIES[env.task[b, 0]], "embodiment": o.embodiment,
-                   "combination": "unseen" if tuple(env.task[b]) in unseen else "seen"}
-            kept += 1
-    if kept < o.episodes:
-        raise ValueError(f"--noise {o.noise}: the expert reached {kept} goals of {o.episodes}")
-
-
-def _scenes(o, draft):
-    """Still scenes, 100 to a video: what a pretrained vision-language model knows.  Each video is
-    an episode that describes the table and, for each thing on it, one that says where it is."""
-    parts = -(-o.scenes // 100)
-    for part in range(parts):
-        embodiment, tags = ("robot", "human")[part % 2], TAGS[(LATENT, ACTION)[part // 2 % 2]]
-        env = tabletop.TableTop(100, embodiment, o.look, size=o.size)
-        obs, _ = env.reset((o.seed, part))
-        video = f"videos/scene_{part:05d}.npy"
-        np.save(draft / video, obs["image"])
-        said = [("describe the table", env.captions(np.random.default_rng((o.seed, part))))]
-        said += [(f"where is the {thing}", [f"{tags[0]} {spot} {tags[1]}"
-                                            for spot in env.locate(thing)])
-                 for thing in tabletop.THINGS]
-        for i, (instruction, captions) in enumerate(said):
-            yield {"id": f"scene_{part:05d}_{i}", "instruction": instruction, "video": video,
-                   "fps": 1, "frames": 100, "embodiment": embodiment, "captions": captions,
-                   "task": "locate" if i else "describe",
-                   "split": "val" if 0 < part >= parts - 2 else "train"}
-
-
-def check(path):
-    """Open a dataset, which names every defect, and say what is in it"""
-    found = open_dataset(path, 64)
-    known = sum(e.actions is not None for e in found.episodes)
-    print(f"{path}: {len(found.episodes)} episodes, {sum(len(e.frames) for e in found.episodes)} "
-          f"frames, {known} with actions, fingerprint {found.fingerprint}: no defects")
 
 
 if __name__ == "__main__":
@@ -642,7 +622,11 @@ if __name__ == "__main__":
         make_tabletop(parse_options(TabletopOptions, rest, positional=("out",),
                                     usage="data.py tabletop OUT [options]")[0])
     elif command == ["check"] and len(rest) == 1:
-        check(rest[0])
+        found = open_dataset(rest[0], 64)
+        total = sum(len(e.frames) for e in found.episodes)
+        known = sum(e.actions is not None for e in found.episodes)
+        print(f"{rest[0]}: {len(found.episodes)} episodes, {total} frames, {known} with actions, "
+              f"fingerprint {found.fingerprint}: no defects")
     elif command in (["-h"], ["--help"]):
         print(__doc__.strip())
     else:

@@ -2,11 +2,11 @@
 
     python evaluate.py --policies LAPA=runs/demo/finetune,SCRATCH=runs/demo/scratch --out eval
     python evaluate.py --policies EXPERT=expert,RANDOM=random --out runs/bounds     # the two ends
+    python evaluate.py predict --policy lapa/ --image x.jpg --instruction "pick up the cup"
     python evaluate.py table --results runs/a/results.json,runs/b/results.json --out table.md
 
 A policy is a finetune run, or `expert` or `random`.  "seen" episodes use instructions and object
-combinations that the labelled few may show, "unseen" ones the rest (see tabletop.tasks).
-"""
+combinations that the labelled few may show, "unseen" ones the rest (see tabletop.tasks)."""
 
 import json
 import sys
@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 import common
 import data
 import tabletop
-from model import ACTION, VLA, VLAConfig, load_strictly
+from model import ACTION, LATENT, VLA, VLAConfig
 
 
 @dataclass(kw_only=True)
@@ -40,30 +40,39 @@ class EvaluateConfig:
 
 
 # ------------------------------------------------------------------------ policies
-
 class Policy:
-    """A finetuned VLA as a function: images uint8 [B, H, W, 3] + instructions -> actions [B, A]"""
+    """A VLA as a function: images uint8 [B, H, W, 3] and instructions -> actions [B, A], or latent
+    actions, int [B, K], where it has not been finetuned"""
 
-    def __init__(self, path, option="policies"):
-        weights, meta = common.load_checkpoint(path, option, ("finetune",))
+    def __init__(self, path, option="policies", stages=("finetune",)):
+        weights, meta = common.load_checkpoint(path, option, stages)
         self.device = common.Processes().device
         with common.refuse(f"--{option} {path}"):
             self.model = VLA(VLAConfig(**meta["model"]))
-            load_strictly(self.model, weights)
+            common.load_strictly(self.model, weights)
         self.model.to(self.device).eval()
-        tokenizer = data.read_tokenizer(common.find_checkpoint(path, option) / "tokenizer.json")
-        self.sequences = data.Sequences(tokenizer, self.model.image_tokens, meta["template"])
-        self.edges = [np.array(e) for e in meta["bins"]]
+        tokenizer = data.read_tokenizer(path)
+        self.sequences = data.Sequences(tokenizer, self.model.config.image_tokens, meta["template"])
+        self.kind = ACTION if self.model.config.action_vocab else LATENT
+        self.edges = [np.array(e) for e in meta.get("bins", ())]
+        self.length = len(self.edges) or meta.get("code_len", 4 if self.kind == LATENT else 7)
+        if self.kind not in self.model.heads():
+            common.fail(f"--{option} {path}: predicts neither latent nor robot actions")
+        self.vqgan = data.load_vqgan(path, option, self.device) \
+            if self.model.config.vision_vocab else None
 
+    @torch.inference_mode()
     def __call__(self, images, instructions):
-        size = self.model.config.image_size
-        frames = np.stack([data.resize(image, size) for image in images])
-        prompt = [x.to(self.device) for x in self.sequences.prompts(instructions, ACTION)]
-        pictures = data.to_float(frames).to(self.device) * 2 - 1
-        with torch.inference_mode():
-            tokens = self.model.generate(prompt[0], prompt[1], pictures, prompt[2], ACTION,
-                                         len(self.edges))
-        return data.from_bins(tokens.cpu().numpy(), self.edges)
+        resize = data.official_resize if self.vqgan else data.resize
+        frames = np.stack([resize(image, self.model.config.image_size) for image in images])
+        pictures, codes = data.to_float(frames).to(self.device) * 2 - 1, None
+        if self.vqgan:
+            pictures, codes = None, self.vqgan.encode(pictures).cpu()
+        tokens, kinds, valid = (x.to(self.device) for x in
+                                self.sequences.prompts(instructions, self.kind, codes))
+        answer = self.model.generate(tokens, kinds, pictures, valid, self.kind, self.length)
+        answer = answer.cpu().numpy()
+        return data.from_bins(answer, self.edges) if self.edges else answer
 
 
 def open_policies(text):
@@ -82,7 +91,6 @@ def open_policies(text):
 
 
 # ------------------------------------------------------------------------ rollouts
-
 def rollout(policy, c, split, first, count):
     """`count` episodes side by side, tables number `first` on.  -> success bool [count], families,
     and for the first c.film tables the frames and instructions"""
@@ -116,34 +124,29 @@ def evaluate(c):
         for split in splits:
             tabletop.TableTop(1, c.embodiment, c.look, split)
         Path(c.out).mkdir(parents=True, exist_ok=True)
-    arms, films, began = {}, [], time.time()
+    arms, films, began = {name: {} for name in policies}, {}, time.time()
     for name, policy in policies.items():
-        arms[name] = {}
         for split in splits:
             success, family = [], []
             for first in range(0, c.episodes, c.batch):
                 count = min(c.batch, c.episodes - first)
                 won, families, film, said = rollout(policy, c, split, first, count)
                 success, family = success + list(won), family + families
-                if first == 0 and split == splits[0]:
-                    films.append((name, film, said, won))
-            arms[name][split] = share(success) | {"families": {
+                films.setdefault(name, (film, said, won))  # of the first tables
+            row = arms[name][split] = share(success) | {"families": {
                 f: share([s for s, g in zip(success, family) if g == f])
                 for f in tabletop.FAMILIES if f in family}}
-            row = arms[name][split]
             print(f"{name} {split}: {row['success']:.1f} +- {row['se']:.1f} % of {row['n']}",
                   flush=True)
-    out = Path(c.out)
     results = {"arms": arms, "options": c.__dict__, "seconds": round(time.time() - began, 1)}
-    files = [out / "results.json", out / "results.md"]
+    files = [Path(c.out) / name for name in ("results.json", "results.md", "rollouts.gif")]
     common.write_atomically(files[0], json.dumps(results, indent=1) + "\n")
     text = markdown([arms])
     common.write_atomically(files[1], text)
     print(text, end="")
     if c.film:
-        draw_film(films, out / "rollouts.gif")
-        files.append(out / "rollouts.gif")
-    print("wrote", ", ".join(map(str, files)))
+        draw_film(films, files[2])
+    print("wrote", ", ".join(map(str, files if c.film else files[:2])))
 
 
 def markdown(runs):
@@ -170,27 +173,45 @@ def markdown(runs):
 
 
 def draw_film(films, path, size=150, head=42):
-    """An animated GIF: one row a policy, a few rollouts side by side, the instruction above each"""
-    count, length = films[0][1].shape[0], max(film.shape[1] for _, film, _, _ in films)
-    width, height = count * (size + 4) + 4, len(films) * (size + head)
-    pages = []
-    for t in range(length + 5):  # hold the last picture for a second
+    """films: policy -> frames [n, T, S, S, 3], instructions, successes.  An animated GIF: one row a
+    policy, its n rollouts side by side, the instruction above each"""
+    counts, lengths = zip(*(film.shape[:2] for film, _, _ in films.values()))
+    width, height, pages = 4 + counts[0] * (size + 4), len(films) * (size + head), []
+    for t in range(max(lengths) + 5):  # hold the last picture for a second
         page = Image.new("RGB", (width, height), "white")
         pen = ImageDraw.Draw(page)
-        for r, (name, film, said, won) in enumerate(films):
-            for i in range(count):
+        for r, (name, (film, said, won)) in enumerate(films.items()):
+            last = film.shape[1] - 1
+            for i, frames in enumerate(film):
                 x, y = 4 + i * (size + 4), r * (size + head)
-                over = t >= film.shape[1] - 1
-                pen.text((x, y + 1), f"{name}" + (": success" if over and won[i] else ": failed"
-                                                  if over else ""), fill="black")
-                pen.text((x, y + 12), "\n".join(textwrap.wrap(said[i], 24)), fill="black")
-                frame = Image.fromarray(film[i, min(t, film.shape[1] - 1)])
-                page.paste(frame.resize((size, size), Image.BICUBIC), (x, y + head))
+                result = "" if t < last else ": success" if won[i] else ": failed"
+                pen.text((x, y + 1), name + result, fill="black")
+                pen.text((x, y + 12), textwrap.fill(said[i], 24), fill="black")
+                frame = Image.fromarray(frames[min(t, last)]).resize((size, size), Image.BICUBIC)
+                page.paste(frame, (x, y + head))
         pages.append(page.quantize(128))
     pages[0].save(path, save_all=True, append_images=pages[1:], duration=200, loop=0)
 
 
-# ------------------------------------------------------------------------ several seeds
+# ------------------------------------------------------------------------ one image, several seeds
+@dataclass(kw_only=True)
+class PredictConfig:
+    policy: str  # pretrain or finetune run, or converted official weights
+    image: str  # picture file
+    instruction: str  # what the robot is told
+
+
+def predict(c):
+    """Print the latent action, or the robot's, for one picture and instruction"""
+    try:
+        image = np.asarray(Image.open(c.image).convert("RGB"))
+    except (OSError, ValueError) as error:
+        common.fail(f"--image {c.image}: cannot be read: {error}")
+    policy, began = Policy(c.policy, "policy", ("pretrain", "finetune")), time.time()
+    (answer,) = policy([image], [c.instruction])
+    what = "latent action" if policy.kind == LATENT else "action" if policy.edges else "action bins"
+    print(f"{what}: {answer.tolist()} ({time.time() - began:.3f} s)")
+
 
 @dataclass(kw_only=True)
 class TableConfig:
@@ -209,7 +230,9 @@ def table(c):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["table"]:
+    if sys.argv[1:2] == ["predict"]:
+        predict(common.parse_options(PredictConfig, sys.argv[2:], usage="evaluate.py predict")[0])
+    elif sys.argv[1:2] == ["table"]:
         table(common.parse_options(TableConfig, sys.argv[2:], usage="evaluate.py table")[0])
     else:
         evaluate(common.parse_options(EvaluateConfig, sys.argv[1:],

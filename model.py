@@ -4,21 +4,22 @@ LAQ  (paper 3.1, figure 8)  a C-ViViT style VQ-VAE: two frames in, `code_len` co
      decoder that draws the second frame from the first one and the codes.  `quantize.py` trains it.
 VLA  (paper 3.2, 3.3)  a LLaMA body over four vocabularies (text, vision, latent action, robot
      action); every position belongs to one of them.  `pretrain.py` and `finetune.py` train it.
+VQGAN  LWM's image tokenizer, frozen: the full-size VLA reads an image as its codes.
 
 Letters in shape comments, everywhere: B batch, T time (2 in a pair), C colour, H W pixels, N
-patches of a frame, D width, K code_len, Q quant_dim, L sequence length, V a vocabulary's size.
-"""
+patches of a frame, D width, K code_len, Q quant_dim, L sequence length, V a vocabulary's size."""
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-# ------------------------------------------------------------------------ stage 1: LAQ
+from common import load_strictly
 
+# ------------------------------------------------------------------------ stage 1: LAQ
 @dataclass
 class LAQConfig:
     """Shape of a latent action quantizer; the defaults are the paper's (343,796,080 parameters)."""
@@ -200,11 +201,17 @@ def code_cnn(grid, code_len, q):
                      "with 7 or 8 patches a side, or code_len = (patches a side / 2)^2 or / 4")
 
 
+def nearest(d, codebook):
+    """d [.., Q], codebook [V, Q] -> indices of the nearest entries by squared Euclidean distance"""
+    d, codebook = d.float(), codebook.float()
+    distance = (d**2).sum(-1, keepdim=True) - 2 * d @ codebook.T + (codebook**2).sum(-1)
+    return distance.argmin(-1)
+
+
 class Quantizer(nn.Module):
     """NSVQ (Vali and Backstrom 2022) with a codebook that cannot stay dead.
 
-    State: `codebook` [V, Q] and the buffer `uses` [V], how often each entry was chosen since the
-    last replacement."""
+    State: `codebook` [V, Q] and the buffer `uses` [V] of each entry since the last replacement."""
 
     def __init__(self, c):
         super().__init__()
@@ -223,10 +230,8 @@ class Quantizer(nn.Module):
         return summary(last) - summary(first)
 
     def nearest(self, d):
-        """[B, K, Q] -> indices [B, K] of the nearest entries by squared Euclidean distance"""
-        d, codebook = d.float(), self.codebook.float()
-        distance = (d**2).sum(-1, keepdim=True) - 2 * d @ codebook.T + (codebook**2).sum(-1)
-        return distance.argmin(-1)
+        """[B, K, Q] -> indices [B, K]"""
+        return nearest(d, self.codebook)
 
     def substitute(self, d, indices, noise=None):
         """The NSVQ training value d + |d - c| v/|v|: gradients reach encoder and codebook."""
@@ -242,26 +247,23 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def count(self, d, indices, pull=0.0):
-        """After a step on d [B, K, Q] and its indices [B, K]: remember every use, and move used
-        entries the share `pull` of the way to the mean of what chose them (0: the gradient alone
-        moves the codebook, as in the paper).  Officially a code counts once a batch."""
+        """After a step on d [B, K, Q] and its indices [B, K], of all processes: remember every use,
+        and move used entries the share `pull` of the way to the mean of what chose them (0: the
+        gradient alone moves the codebook, as in the paper).  Officially a code counts once."""
         chosen = F.one_hot(indices.flatten(), len(self.uses)).to(d.dtype)  # BK V
-        total = torch.cat((chosen.T @ d.flatten(0, 1), chosen.sum(0)[:, None]), dim=1)  # V Q+1
-        if dist.is_initialized():
-            dist.all_reduce(total)
-        uses = total[:, -1:]
+        uses = chosen.sum(0)[:, None]
         if self.c.official_counting:
             self.uses[indices.flatten()] += 1  # a repeated index adds one only: the official bug
         else:
             self.uses += uses[:, 0]
-        mean = total[:, :-1] / uses.clamp(min=1)
+        mean = chosen.T @ d.flatten(0, 1) / uses.clamp(min=1)
         self.codebook += pull * (uses > 0) * (mean - self.codebook)
 
     @torch.no_grad()
     def replace_dead(self, d, dead_below=0.1):
         """Move each entry with under `dead_below` of a fair share of the uses onto an encoder
         output of the batch d [B, K, Q], chosen with probability ~ squared distance to the live
-        entries (k-means++), the same on every rank.  Returns how many moved."""
+        entries (k-means++).  Returns how many moved."""
         if self.c.official_counting:
             dead = self.uses / len(d) < dead_below
             live = self.codebook[~dead]
@@ -271,8 +273,6 @@ class Quantizer(nn.Module):
                 self.codebook[dead] = live[pick] + noise
         else:
             now = torch.bincount(self.nearest(d).flatten(), minlength=len(self.uses))
-            if dist.is_initialized():
-                dist.all_reduce(now)
             if (now > 0).sum() * 2 <= len(now):  # collapsed, though entries may take turns in time
                 self.uses *= now > 0
             dead = self.uses < dead_below * self.uses.sum() / len(self.uses)
@@ -284,8 +284,6 @@ class Quantizer(nn.Module):
                 far = points[torch.multinomial(gap + 1e-12, 1)]
                 self.codebook[i] = far[0].to(self.codebook.dtype)
                 taken = torch.cat((taken, far))
-            if dist.is_initialized():
-                dist.broadcast(self.codebook.data, 0)
         self.uses.zero_()
         return int(dead.sum())
 
@@ -361,8 +359,9 @@ class LAQ(nn.Module):
 
 
 # ------------------------------------------------------------------------ stages 2 and 3: VLA
-
+VOCABULARIES = "text", "vision", "latent", "action"
 TEXT, VISION, LATENT, ACTION = range(4)  # the vocabulary a position belongs to
+END_OF_IMAGE = 8193  # in the vision vocabulary, behind an image's codes
 
 
 @dataclass
@@ -374,22 +373,20 @@ class VLAConfig:
     heads: int = 32
     mlp: int = 11008
     text_vocab: int = 32000
+    vision_vocab: int = 8448  # 8192 VQGAN codes and 256 specials; 0: images as linear patches
     latent_vocab: int = 8  # codes of the LAQ; 0: no latent table and head
     action_vocab: int = 0  # 256 bins a robot action dimension; 0: no action table and head
     rope_theta: float = 5e7
     rms_eps: float = 1e-6
-    image_size: int = 64  # pixels, square
-    patch_size: int = 16  # an image enters as linear patch embeddings, (image_size/patch_size)^2
+    rounded_rope: bool = False  # angles, cosines and sines in bf16, as official weights know them
+    image_size: int = 256  # pixels, square
+    patch_size: int = 16  # pixels that one code or one linear patch stands for; 0: text only
 
-
-class RMSNorm(nn.Module):
-    def __init__(self, dim, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
-
-    def forward(self, x):
-        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(x.dtype)
+    @property
+    def image_tokens(self):
+        """Positions that an image fills: its patches, or its codes and END_OF_IMAGE"""
+        patches = (self.image_size // self.patch_size) ** 2 if self.patch_size else 0
+        return patches + bool(self.vision_vocab)
 
 
 def rotate(x, cos, sin):
@@ -399,6 +396,14 @@ def rotate(x, cos, sin):
     return turned.flatten(-2).to(x.dtype)
 
 
+def rope_table(angle, rounded):
+    """Cosine and sine of angles; rounded: as official bf16 code makes them (formats section 2)"""
+    if not rounded:
+        return angle.cos(), angle.sin()
+    angle = angle.bfloat16().float()
+    return angle.cos().bfloat16().float(), angle.sin().bfloat16().float()
+
+
 class Block(nn.Module):
     """One LLaMA layer: x += attention(norm(x)); x += w2(silu(w1 norm(x)) * w3 norm(x))"""
 
@@ -406,7 +411,7 @@ class Block(nn.Module):
         super().__init__()
         linear = lambda i, o: nn.Linear(i, o, bias=False)
         self.heads = c.heads
-        self.attention_norm, self.ffn_norm = RMSNorm(c.dim, c.rms_eps), RMSNorm(c.dim, c.rms_eps)
+        self.attention_norm, self.ffn_norm = (nn.RMSNorm(c.dim, c.rms_eps) for _ in range(2))
         self.wq, self.wk, self.wv, self.wo = (linear(c.dim, c.dim) for _ in range(4))
         self.w1, self.w3, self.w2 = linear(c.dim, c.mlp), linear(c.dim, c.mlp), linear(c.mlp, c.dim)
 
@@ -424,8 +429,7 @@ class Block(nn.Module):
 
 
 def smooth_positions(grid, dim):
-    """Sines and cosines of a patch's place, at most one period across the image, so that places
-    close by look alike. [grid^2, dim]"""
+    """Sines and cosines of a patch's place, so slow that neighbours look alike. [grid^2, dim]"""
     period = 2 * math.pi * 10 ** (-torch.arange(dim // 4) / (dim // 4))
     angle = torch.arange(grid)[:, None] / grid * period
     waves = torch.cat((angle.sin(), angle.cos()), dim=1)  # grid, dim/2
@@ -440,25 +444,25 @@ class VLA(nn.Module):
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        if c.dim % (2 * c.heads) or c.dim % 4 or c.image_size % c.patch_size:
+        if c.dim % (2 * c.heads) or c.dim % 4 or c.image_size % max(1, c.patch_size):
             raise ValueError(f"dim {c.dim} has to divide by 4 and by 2 x heads ({c.heads}), "
                              f"image_size {c.image_size} by patch_size ({c.patch_size})")
         self.text_embed = nn.Embedding(c.text_vocab, c.dim)
-        # The vision side.  Here linear patches; the VQGAN's code table and head belong here too.
-        self.patch_embed = nn.Linear(3 * c.patch_size**2, c.dim)
-        self.patch_position = nn.Parameter(smooth_positions(c.image_size // c.patch_size, c.dim))
+        self.patches = c.patch_size > 0 and not c.vision_vocab
+        if self.patches:
+            self.patch_embed = nn.Linear(3 * c.patch_size**2, c.dim)
+            grid = c.image_size // c.patch_size
+            self.patch_position = nn.Parameter(smooth_positions(grid, c.dim))
         self.layers = nn.ModuleList(Block(c) for _ in range(c.layers))
-        self.norm = RMSNorm(c.dim, c.rms_eps)
+        self.norm = nn.RMSNorm(c.dim, c.rms_eps)
         self.text_head = nn.Linear(c.dim, c.text_vocab, bias=False)
-        self.latent_embed = self.latent_head = self.action_embed = self.action_head = None
-        if c.latent_vocab:
-            self.latent_embed = nn.Embedding(c.latent_vocab, c.dim)
-            self.latent_head = nn.Linear(c.dim, c.latent_vocab, bias=False)
-        if c.action_vocab:
-            self.action_embed = nn.Embedding(c.action_vocab, c.dim)
-            self.action_head = nn.Linear(c.dim, c.action_vocab, bias=False)
+        for name in VOCABULARIES[1:]:
+            size = getattr(c, f"{name}_vocab")
+            setattr(self, f"{name}_embed", nn.Embedding(size, c.dim) if size else None)
+            setattr(self, f"{name}_head", nn.Linear(c.dim, size, bias=False) if size else None)
         self.apply(self.init_weights)
-        nn.init.normal_(self.patch_embed.weight, std=0.06)  # 0.02 takes twice as long to see
+        if self.patches:
+            nn.init.normal_(self.patch_embed.weight, std=0.06)  # 0.02 takes twice as long to see
 
     @staticmethod
     def init_weights(module):
@@ -467,14 +471,9 @@ class VLA(nn.Module):
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
 
-    @property
-    def image_tokens(self):
-        return (self.config.image_size // self.config.patch_size) ** 2
-
     def parameter_groups(self, lr, head_lr, fresh, freeze_vision):
-        """Optimizer groups: `fresh` heads and tables at head_lr x lr, the body at lr; on demand the
-        vision side stays frozen (paper 3.2)"""
-        if freeze_vision:
+        """Optimizer groups: `fresh` tensors at head_lr x lr, others at lr or frozen (paper 3.2)"""
+        if freeze_vision and self.patches:  # codes come from a VQGAN that is frozen anyway
             for p in (*self.patch_embed.parameters(), self.patch_position):
                 p.requires_grad_(False)
         new = [p for name, p in self.named_parameters() if name in fresh]
@@ -482,14 +481,13 @@ class VLA(nn.Module):
         return [{"params": old, "lr": lr}, {"params": new, "lr": lr * head_lr}]
 
     def heads(self):
-        """Vocabulary -> (embedding, head) for those this model has, vision excepted"""
-        both = {TEXT: (self.text_embed, self.text_head),
-                LATENT: (self.latent_embed, self.latent_head),
-                ACTION: (self.action_embed, self.action_head)}
+        """Vocabulary -> (embedding, head) for those this model has"""
+        both = {kind: (getattr(self, f"{name}_embed"), getattr(self, f"{name}_head"))
+                for kind, name in enumerate(VOCABULARIES)}
         return {kind: pair for kind, pair in both.items() if pair[0] is not None}
 
     def embed(self, tokens, kinds, images):
-        """tokens, kinds int64 [B, L]; images float [B, 3, H, W] in [-1, 1] or None -> [B, L, D]"""
+        """tokens, kinds int64 [B, L]; images float [B, 3, H, W] or None -> [B, L, D]"""
         x = sum(table(torch.where(kinds == kind, tokens, 0)) * (kinds == kind)[..., None]
                 for kind, (table, _) in self.heads().items())
         if images is not None:
@@ -513,22 +511,21 @@ class VLA(nn.Module):
         c = self.config
         half = torch.arange(0, c.dim // c.heads, 2, device=tokens.device).float()
         angle = position[:, None, :, None] * c.rope_theta ** (-half / (c.dim // c.heads))
-        rope = angle.cos(), angle.sin()
+        rope = rope_table(angle, c.rounded_rope)
         x = self.embed(tokens, kinds, images)
         for i, block in enumerate(self.layers):
             x = block(x, rope, mask, caches[i] if caches else None)
         return self.norm(x)
 
     def score(self, hidden, kind):
-        """hidden [.., D] -> logits [.., V] of the vocabulary `kind` (TEXT, LATENT or ACTION)"""
+        """hidden [.., D] -> logits [.., V] of the vocabulary `kind`"""
         return self.heads()[kind][1](hidden)
 
     def answer_loss(self, hidden, rows, kind, soft=0.0):
         """Cross entropy of the answer's tokens of one vocabulary, averaged over a row's, then rows.
 
         hidden [B, L, D]; rows: tensors [B, L] targets, target_kinds, mask (see data.Sequences);
-        soft: width in bins of a Gaussian of target probability around the true token (0: one-hot).
-        -> loss, share of exactly predicted tokens (scalars)"""
+        soft: width in bins of a Gaussian around the true token (0: one-hot).  -> loss, accuracy"""
         chosen = rows["mask"] & (rows["target_kinds"] == kind)
         row = chosen.nonzero()[:, 0]
         logits, target = self.score(hidden[chosen], kind).float(), rows["targets"][chosen]
@@ -543,10 +540,9 @@ class VLA(nn.Module):
         """Take over another model's tensors by name; latent and action tables and heads that it
         does not have stay fresh, those this model lacks are dropped.  -> fresh names
 
-        tags: vocabulary -> the token of its opening tag.  When given, a fresh input table begins
-        where the body can already read: actions follow on latent actions, tag and all, and what
-        comes first begins as its tag.  Without it fresh rows are random, as official."""
-        own = ("latent_", "action_")
+        tags: vocabulary -> its opening tag's token.  When given, fresh input tables begin where the
+        body can already read: as their tag, or actions as latent actions, tag and all."""
+        own = ("vision_", "latent_", "action_")
         fresh = [n for n in self.state_dict() if n.startswith(own) and n not in weights]
         shed = [n for n in weights if n.startswith(own) and n not in self.state_dict()]
         load_strictly(self, {n: w for n, w in weights.items() if n not in shed}, fresh)
@@ -561,10 +557,11 @@ class VLA(nn.Module):
         return fresh
 
     @torch.no_grad()
-    def generate(self, tokens, kinds, images, valid, kind, count):
+    def generate(self, tokens, kinds, images, valid, kind, count, official_eos=False):
         """Greedy continuation of left-padded prompts by `count` tokens of one vocabulary.
 
-        tokens, kinds int64 [B, L], valid bool [B, L], images [B, 3, H, W] -> int64 [B, count]"""
+        tokens, kinds int64 [B, L], valid bool [B, L], images [B, 3, H, W] or None -> int64
+        [B, count].  official_eos: 0 behind a token 2, which officially ends even latent codes."""
         L = tokens.shape[1]
         caches, start, fresh = [[] for _ in self.layers], 0, (tokens, kinds, images)
         for _ in range(count):
@@ -573,28 +570,90 @@ class VLA(nn.Module):
             start, tokens = tokens.shape[1], torch.cat((tokens, chosen), dim=1)
             fresh = chosen, torch.full_like(chosen, kind), None
             valid = torch.cat((valid, torch.ones_like(chosen, dtype=torch.bool)), dim=1)
-        return tokens[:, L:]
+        answer = tokens[:, L:]
+        if official_eos:
+            answer = answer * ((answer == 2).cumsum(1) - (answer == 2).long() == 0)
+        return answer
 
 
-# ------------------------------------------------------------------------ both
+# ------------------------------------------------------------------------ the VLA's images: VQGAN
+@dataclass
+class VQGANConfig:
+    """Shape of an image tokenizer; the defaults are LWM's (146,244,675 parameters)."""
 
-def load_strictly(model, weights, fresh=()):
-    """Copy `weights` (name -> tensor) into model; names and shapes must agree as sets, but those in
-    `fresh` keep their values.  Raises ValueError naming all missing, unexpected or misshapen."""
-    ours = model.state_dict()
-    kept = set(fresh)
-    missing = sorted(ours.keys() - weights.keys() - kept)
-    extra = sorted(weights.keys() - ours.keys())
-    wrong = [f"{name} {tuple(weights[name].shape)}, expected {tuple(ours[name].shape)}"
-             for name in sorted(ours.keys() & weights.keys())
-             if weights[name].shape != ours[name].shape]
-    problems = [f"{what}: {', '.join(names)}" for what, names in
-                (("missing", missing), ("unexpected", extra), ("wrong shape", wrong)) if names]
-    if problems:
-        raise ValueError("; ".join(problems))
-    model.load_state_dict({**{name: ours[name] for name in kept}, **weights})
+    image_size: int = 256  # pixels, square: 256 codes
+    hidden: int = 128  # channels at full resolution
+    multipliers: tuple = (1, 2, 2, 4, 6)  # of `hidden`, a level; the resolution halves in between
+    blocks: int = 2  # residual blocks a level (the decoder has one more)
+    z_channels: int = 64
+    quant_dim: int = 64
+    codebook_size: int = 8192
 
 
-def count_parameters(model):
-    return sum(p.numel() for p in model.parameters())
+conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1)
+norm = partial(nn.GroupNorm, 32, eps=1e-6)
 
+
+class Residual(nn.Module):
+    """[B, C, H, W] -> [B, out, H, W]"""
+
+    def __init__(self, channels, out):
+        super().__init__()
+        self.norm0, self.conv0 = norm(channels), conv3x3(channels, out)
+        self.norm1, self.conv1 = norm(out), conv3x3(out, out)
+        self.conv2 = nn.Conv2d(channels, out, 1) if channels != out else nn.Identity()
+
+    def forward(self, x):
+        y = self.conv0(F.silu(self.norm0(x)))
+        return self.conv2(x) + self.conv1(F.silu(self.norm1(y)))
+
+
+class Coder(nn.Module):
+    """Encoder or decoder (`up`): a convolution, for each of `widths` a level of residual blocks,
+    half or twice the resolution in between, two blocks where it is lowest, a convolution"""
+
+    def __init__(self, channels, widths, blocks, out, up):
+        super().__init__()
+        def level(i):
+            w = widths[i]
+            resample = [nn.Upsample(scale_factor=2), conv3x3(w, w)] if up else \
+                [nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(w, w, 3, stride=2)]  # below and right (code)
+            return nn.Sequential(
+                *(Residual(w if b else widths[max(0, i - 1)], w) for b in range(blocks)),
+                *resample * (i + 1 < len(widths)))
+        low = widths[0 if up else -1]
+        self.conv0 = conv3x3(channels, widths[0])
+        self.levels = nn.Sequential(*map(level, range(len(widths))))
+        self.middle = nn.Sequential(Residual(low, low), Residual(low, low))
+        self.norm0, self.conv1 = norm(widths[-1]), conv3x3(widths[-1], out)
+        self.up = up
+
+    def forward(self, x):
+        x = self.conv0(x)
+        x = self.levels(self.middle(x)) if self.up else self.middle(self.levels(x))
+        return self.conv1(F.silu(self.norm0(x)))
+
+
+class VQGAN(nn.Module):
+    """images float [B, 3, H, W] in [-1, 1] <-> codes int64 [B, N], row by row"""
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        widths = [c.hidden * m for m in c.multipliers]
+        self.encoder = Coder(3, widths, c.blocks, c.z_channels, up=False)
+        self.to_code = nn.Conv2d(c.z_channels, c.quant_dim, 1)
+        self.codebook = nn.Parameter(torch.randn(c.codebook_size, c.quant_dim))
+        self.from_code = nn.Conv2d(c.quant_dim, c.z_channels, 1)
+        self.decoder = Coder(c.z_channels, widths[::-1], c.blocks + 1, 3, up=True)
+
+    @torch.no_grad()
+    def encode(self, images):
+        z = self.to_code(self.encoder(images))
+        return nearest(z.flatten(2).transpose(1, 2), self.codebook)
+
+    @torch.no_grad()
+    def decode(self, codes):
+        grid = math.isqrt(codes.shape[1])
+        z = self.codebook[codes].transpose(1, 2).unflatten(2, (grid, grid))
+        return self.decoder(self.from_code(z)).clamp(-1, 1)

@@ -9,9 +9,7 @@ One loop serves every arm of the paper's comparison; they differ only in what th
 
     python pretrain.py --labels caption --data data/scenes --out runs/base --preset tiny
     python pretrain.py --labels latent --data data/tabletop --laq runs/demo/quantize \\
-        --init_from runs/base --out runs/demo/pretrain --preset tiny                      # laptop
-    torchrun --nproc_per_node 8 pretrain.py --labels latent --data D --laq Q --out O     # 8 GPUs
-"""
+        --init_from runs/base --out runs/demo/pretrain --preset tiny"""
 
 import sys
 from dataclasses import dataclass, fields, replace
@@ -25,35 +23,32 @@ from tqdm import tqdm
 import common
 import data
 import quantize
-from model import ACTION, LAQ, LATENT, TEXT, VLA, LAQConfig, VLAConfig, count_parameters
+from model import ACTION, LAQ, LATENT, TEXT, VLA, LAQConfig, VLAConfig
 
 KINDS = {"latent": LATENT, "action": ACTION, "idm": ACTION, "caption": TEXT}
+NEXT = 0.0  # a window of 0 s reaches to the next frame
 
 
 @dataclass(kw_only=True)
-class PretrainConfig(VLAConfig):
+class PretrainConfig(VLAConfig, common.TrainConfig):
     """The options of this stage, on top of the network's shape (which --init_from settles)."""
 
-    data: str  # dataset folder
-    out: str  # run folder
-    preset: str = "lapa"  # named size: tiny, base or lapa (the paper's)
     labels: str = "latent"  # what to predict: latent, action, idm or caption
     laq: str = ""  # quantize run whose latent actions are predicted
     latents: str = ""  # labels file; empty: the one inside --laq
     init_from: str = ""  # checkpoint to start from; empty: random weights
+    vqgan: str = ""  # where the image tokenizer of a model with vision codes is; empty: --init_from
     freeze_vision: bool = True  # paper 3.2; without --init_from the vision side is trained
-    where: str = ""  # keep episodes with these fields
-    held_out: int = 50  # episodes kept for validation; 0: none
     template: str = "{instruction}"  # text around the instruction
+    length: int = 0  # tokens a row is cut or padded to; 0: the longest of the batch (official 384)
+    official_cut: bool = False  # cut rows have their loss mask one step too far
+    official_text_mask: bool = False  # the text loss also trains latent positions, toward token 0
     shift: float = 0.0  # latent and action labels: random shift of pictures, as a share of them
     like_tag: bool = False  # fresh input tables begin as the opening tag does (official: random)
     steps: int = 70_000  # paper, Open-X
     batch: int = 128  # rows a step, over all processes (paper 128, code 256)
     lr: float = 2e-5  # AdamW 0.9/0.95, constant, no weight decay (code)
     head_lr: float = 1.0  # rate of a fresh head and its table, relative to lr
-    warmup: int = 0  # steps
-    final_lr: float = 1.0  # cosine down to this share of lr
-    clip: float = 1.0  # gradient norm
     bins: int = 256  # action labels: bins a dimension
     soft_bins: float = 0.0  # action labels: width, in bins, of a Gaussian around the true one
     binary: str = ""  # action labels: dimensions with two values (grippers), e.g. 6
@@ -61,25 +56,20 @@ class PretrainConfig(VLAConfig):
     labelled_data: str = ""  # idm: where they are; empty: --data
     labelled_where: str = ""  # idm: and which, e.g. combination=seen
     idm_steps: int = 400  # idm: steps of 64 pairs
-    seed: int = 0
-    log_every: int = 50  # steps
-    save_every: int = 1000  # steps between checkpoints; 0: only the last
-    resume: bool = False  # continue from the latest checkpoint in --out
 
 
 PRESETS = {
-    "tiny": dict(dim=128, layers=4, heads=4, mlp=344, rope_theta=1e4, steps=1000, batch=64,
-                 lr=8e-4, head_lr=2.0, warmup=30, final_lr=0.1, soft_bins=8.0, shift=0.0625,
-                 like_tag=True, save_every=250),
-    "base": dict(dim=768, layers=12, heads=12, mlp=2048, rope_theta=1e4, image_size=128,
-                 steps=20_000, lr=3e-4, head_lr=2.0, warmup=300, final_lr=0.1, soft_bins=8.0,
-                 shift=0.0625, like_tag=True),
-    "lapa": dict(template="<s> You are a helpful assistant. USER: What action should the robot "
-                          "take to `{instruction}` ASSISTANT:"),
+    "tiny": dict(dim=128, layers=4, heads=4, mlp=344, rope_theta=1e4, vision_vocab=0,
+                 image_size=64, steps=1000, batch=64, lr=8e-4, head_lr=2.0, warmup=30,
+                 final_lr=0.1, soft_bins=8.0, shift=0.0625, like_tag=True, save_every=250),
+    "base": dict(dim=768, layers=12, heads=12, mlp=2048, rope_theta=1e4, vision_vocab=0,
+                 image_size=128, steps=20_000, lr=3e-4, head_lr=2.0, warmup=300, final_lr=0.1,
+                 soft_bins=8.0, shift=0.0625, like_tag=True),
+    "lapa": dict(template=data.OFFICIAL_TEMPLATE, length=384),
 }
 
 
-def loss_of(model, rows, kind, soft=0.0):
+def loss_of(model, rows, kind, soft=0.0, official_text_mask=False):
     """Stage-2 loss (formats section 6): 0.99 x cross entropy of the labels + 0.01 x that of the
     tags around them and eos; for captions, whose labels are text, plain cross entropy.
 
@@ -88,22 +78,25 @@ def loss_of(model, rows, kind, soft=0.0):
     text, text_right = model.answer_loss(hidden, rows, TEXT)
     if kind == TEXT:
         return text, text_right
+    if official_text_mask:  # L * (1 - V * (1 - D)) by a misplaced parenthesis
+        latent = rows["target_kinds"] == LATENT
+        changed = {"targets": rows["targets"].where(~latent, 0),
+                   "target_kinds": rows["target_kinds"].where(~latent, TEXT)}
+        text, _ = model.answer_loss(hidden, rows | changed, TEXT)
     # Neighbouring bins are alike; neighbouring codes are not.
     loss, right = model.answer_loss(hidden, rows, kind, soft if kind == ACTION else 0.0)
     return 0.99 * loss + 0.01 * text, right
 
 
 # ------------------------------------------------------------------------ labels
-
 @torch.no_grad()
 def invert(idm, scale, episodes):
     """Actions an inverse dynamics model reads off every frame and its successor: list of [T, A]"""
-    device, guessed = scale.device, []
+    guessed = []
     for e in episodes:
-        index = np.minimum(np.stack([np.arange(len(e.frames)), np.arange(len(e.frames)) + 1], 1),
-                           len(e.frames) - 1)
-        d = idm["encoder"].difference(data.to_float(e.frames[index]).to(device))
-        guess = idm["head"](d.flatten(1)) * scale[1] + scale[0]
+        pairs = data.frame_pairs([e], [(0, t) for t in range(len(e.frames))], NEXT)
+        change = idm["encoder"].difference(data.to_float(pairs).to(scale.device))
+        guess = idm["head"](change.flatten(1)) * scale[1] + scale[0]
         guess[-1] = guess[-2]  # nothing follows the last frame
         guessed.append(guess.cpu().numpy())
     return guessed
@@ -130,7 +123,7 @@ def train_inverse_dynamics(c, processes, few):
                      disable=not processes.main):
         common.seed_step(c.seed, step)
         which = data.draw(c.seed, step, 64, lengths)
-        pair = data.to_float(np.stack([few[e].frames[t:t + 2] for e, t in which]))
+        pair = data.to_float(data.frame_pairs(few, which, NEXT))
         pair = data.random_shift(pair.to(processes.device), 0.25)  # same motion, same label
         target = torch.from_numpy(np.stack([few[e].actions[t] for e, t in which])).to(pair.device)
         guess = idm["head"](encoder.difference(pair).flatten(1))
@@ -152,7 +145,7 @@ def answers_for(c, processes, dataset, train_set, held_out):
         answers, kept = [e.info["captions"] for e in both], {}
     elif c.labels == "latent":
         path = Path(c.latents or Path(c.laq) / "labels.safetensors")
-        mark = common.fingerprint(common.find_checkpoint(c.laq, "laq"))
+        mark = common.fingerprint(common.open_checkpoint(c.laq, "laq", ("quantize",))[0])
         answers, kept = data.load_labels(path, dataset, both)
         if kept["laq"] != mark:
             common.fail(f"{path}: made by LAQ {kept['laq']}, --laq {c.laq} is {mark}: label again "
@@ -162,7 +155,7 @@ def answers_for(c, processes, dataset, train_set, held_out):
             actions = [e.actions for e in both]
         else:
             few_data = data.open_dataset(c.labelled_data or c.data, c.image_size, c.labelled_where,
-                                         actions_needed=True)
+                                         actions_needed=True, official=c.vision_vocab > 0)
             few = data.labelled_few(few_data.split(c.held_out)[0], c.labelled, c.seed)
             actions = invert(*train_inverse_dynamics(c, processes, few), both)
             known = [(g[:len(e.actions)], e.actions)
@@ -178,10 +171,8 @@ def answers_for(c, processes, dataset, train_set, held_out):
 
 
 # ------------------------------------------------------------------------ training
-
 def build_model(c, kind, dataset, processes):
-    """A fresh VLA, or one that inherits --init_from's shape and weights -> model, tokenizer, names
-    of fresh tensors"""
+    """A fresh VLA, or --init_from's -> model, tokenizer, names of fresh tensors"""
     vocabularies = {"latent_vocab": c.latent_vocab, "action_vocab": c.bins if kind == ACTION else 0}
     if not c.init_from:
         tokenizer = data.dataset_tokenizer(dataset)
@@ -190,13 +181,12 @@ def build_model(c, kind, dataset, processes):
         with common.refuse("network"):
             return VLA(VLAConfig(**shape)), tokenizer, []
     weights, meta = common.load_checkpoint(c.init_from, "init_from", ("pretrain",))
-    tokenizer = data.read_tokenizer(common.find_checkpoint(c.init_from, "init_from")
-                                    / "tokenizer.json")
-    shape = {**meta["model"], **vocabularies}
+    tokenizer = data.read_tokenizer(c.init_from)
     with common.refuse(f"--init_from {c.init_from}"):
-        model = VLA(VLAConfig(**shape))
+        model = VLA(VLAConfig(**{**meta["model"], **vocabularies}))
         fresh = model.adopt(weights, data.opening_tags(tokenizer) if c.like_tag else None)
-    processes.say(f"inherited {c.init_from} (step {meta['step']}); fresh: {', '.join(fresh)}")
+    processes.say(f"inherited {c.init_from} (step {meta['step']}); fresh: "
+                  f"{', '.join(fresh) or 'nothing'}")
     return model, tokenizer, fresh
 
 
@@ -206,8 +196,8 @@ def validate(model, rows, lengths, kind, batch, soft):
     which = data.draw(0, 0, 256, lengths)
     results = [loss_of(model, rows(which[at:at + batch]), kind, soft)
                for at in range(0, len(which), batch)]
-    return {"val_loss": float(sum(r[0] for r in results) / len(results)),
-            "val_accuracy": float(sum(r[1] for r in results) / len(results))}
+    loss, right = (float(sum(values) / len(values)) for values in zip(*results))
+    return {"val_loss": loss, "val_accuracy": right}
 
 
 def train(c, given):
@@ -221,57 +211,56 @@ def train(c, given):
         common.fail(f"--{name}: follows from the tokenizer, the labels or --bins")
     origin = None
     if c.init_from:
-        origin = common.fingerprint(common.find_checkpoint(c.init_from, "init_from"))
-        shape = common.read_meta(c.init_from, "init_from", ("pretrain",))["model"]
+        shape = common.open_checkpoint(c.init_from, "init_from", ("pretrain",))[1]["model"]
+        origin = common.fingerprint(c.init_from)
         for name in sorted(given & shape.keys()):
             if getattr(c, name) != shape[name]:
                 common.fail(f"--{name} {getattr(c, name)}: --init_from {c.init_from} has "
                             f"{shape[name]}")
-        c.image_size = shape["image_size"]
-    dataset = data.open_dataset(c.data, c.image_size, c.where, actions_needed=c.labels == "action")
+        c.image_size, c.vision_vocab = shape["image_size"], shape["vision_vocab"]
+    vqgan = data.load_vqgan(c.vqgan or c.init_from, "vqgan", processes.device) \
+        if c.vision_vocab else None
+    dataset = data.open_dataset(c.data, c.image_size, c.where, c.labels == "action",
+                                official=vqgan is not None)
     train_set, held_out = dataset.split(c.held_out)
+    if vqgan:  # augmented pictures are tokenised as they come, others once
+        data.add_codes(held_out if c.shift else train_set + held_out, vqgan, processes)
     answers, held_answers, kept = answers_for(c, processes, dataset, train_set, held_out)
     c.latent_vocab = kept.get("codebook_size", 0)
     torch.manual_seed(c.seed)
     model, tokenizer, fresh = build_model(c, kind, dataset, processes)
-    sequences = data.Sequences(tokenizer, model.image_tokens, c.template)
-    run = common.Run(c, processes, "pretrain",
-                     {"data": dataset.fingerprint, "where": c.where, "labels": c.labels,
-                      "laq": kept.get("laq"), "window": kept.get("window"), "init_from": origin,
-                      "labelled": [c.labelled_data, c.labelled_where, c.labelled, c.idm_steps],
-                      "model": model.config.__dict__, "seed": c.seed, "batch": c.batch})
+    sequences = data.Sequences(tokenizer, model.config.image_tokens, c.template, c.length,
+                               c.official_cut)
+    run = common.Run(c, processes, "pretrain", model.config, data=dataset.fingerprint,
+                     labels=c.labels, laq=kept.get("laq"), window=kept.get("window"),
+                     init_from=origin, labelled=[c.labelled_data, c.labelled_where, c.labelled,
+                                                 c.idm_steps])
     processes.shard(model)
     groups = model.parameter_groups(c.lr, c.head_lr, fresh, c.freeze_vision and c.init_from)
     optimizer = common.make_optimizer(groups, betas=(0.9, 0.95), weight_decay=0.0)
-    run.restore(model, optimizer)
+    meta = {"labels": c.labels, "template": c.template, **kept}
+    files = {"tokenizer.json": tokenizer.to_str()}
+    if vqgan:
+        meta["vqgan"], files["vqgan.safetensors"] = vqgan.config.__dict__, vqgan.file
+    run.restore(model, optimizer, meta, files)
+    lengths, held_lengths = [len(a) for a in answers], [len(a) for a in held_answers]
+    processes.say(f"VLA of {common.count_parameters(model):,} parameters predicts {c.labels} on "
+                  f"{sum(lengths)} frames of {len(train_set)} episodes, {processes.device}")
+
     def rows(which, episodes=train_set, answers=answers):
         return sequences.batch(episodes, answers, kind, which, processes.device)
     held_rows = lambda which: rows(which, held_out, held_answers)
-    lengths, held_lengths = [len(a) for a in answers], [len(a) for a in held_answers]
-    meta = {"model": model.config.__dict__, "labels": c.labels, "template": c.template, **kept,
-            "options": c.__dict__}
-    texts = {"tokenizer.json": tokenizer.to_str()}
-    processes.say(f"VLA of {count_parameters(model):,} parameters predicts {c.labels} on "
-                  f"{sum(lengths)} frames of {len(train_set)} episodes, {processes.device}")
-
     batches = data.stream(lambda step: rows(data.draw(c.seed, step, c.batch, lengths)[mine]),
                           run.start, c.steps)
-    numbers = {}
-    for step in run.loop("rows"):
-        common.seed_step(c.seed, step, processes.rank)
-        batch = next(batches)
-        if kind != TEXT and c.shift:  # wherever the camera looks, the motion is the same
-            batch["images"] = data.random_shift(batch["images"], c.shift)
-        loss, right = loss_of(model, batch, kind, c.soft_bins)
+    for step, batch in run.loop("rows", batches):
+        batch = data.augment(batch, c.shift * (kind != TEXT), vqgan, c.batch, mine)
+        loss, right = loss_of(model, batch, kind, c.soft_bins, c.official_text_mask)
         loss.backward()
         norm = common.optimizer_step(optimizer, processes, c, step)
-        if (step + 1) % c.log_every == 0 or step + 1 == c.steps:
-            numbers = {"loss": loss.item(), "accuracy": right.item(), "grad_norm": norm}
-            if held_out:
-                numbers.update(validate(model, held_rows, held_lengths, kind, c.batch, c.soft_bins))
-            run.record(step + 1, c.batch, **numbers)
-        run.save(step + 1, model, optimizer, meta, texts)
-    run.finish(numbers, [])
+        run.end_step({"loss": loss.detach(), "accuracy": right, "grad_norm": norm},
+                     lambda: validate(model, held_rows, held_lengths, kind, c.batch, c.soft_bins)
+                     if held_out else {})
+    run.finish()
 
 
 if __name__ == "__main__":

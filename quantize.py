@@ -4,12 +4,10 @@ An encoder looks at a frame and a frame 0.6 s later and writes down 4 codes out 
 draw the later frame from the first one and those codes.  No action labels are used.  Afterwards
 every frame of the dataset is labelled with its latent action, and a report card is written.
 
-    python quantize.py --data data/tabletop --out runs/demo/quantize --preset tiny        # laptop
-    python quantize.py --data D --out O --preset lapa                                     # one GPU
-    torchrun --nproc_per_node 8 quantize.py --data D --out O --preset lapa --batch 512    # eight
+    python quantize.py --data data/tabletop --out runs/demo/quantize --preset tiny     # laptop
+    torchrun --nproc_per_node 8 quantize.py --data D --out O --preset lapa             # eight GPUs
     python quantize.py label --laq O --data OTHER --out other.safetensors    # label more videos
-    python quantize.py report --laq O --data OTHER --out reports/other        # report card on them
-"""
+    python quantize.py report --laq O --data OTHER --out reports/other     # report card on them"""
 
 import json
 import sys
@@ -23,18 +21,13 @@ from tqdm import tqdm
 
 import common
 import data
-from model import LAQ, LAQConfig, count_parameters, load_strictly
+from model import LAQ, LAQConfig
 
 
 @dataclass(kw_only=True)
-class QuantizeConfig(LAQConfig):
+class QuantizeConfig(LAQConfig, common.TrainConfig):
     """The options of this stage, on top of the network's shape."""
 
-    data: str  # dataset folder
-    out: str  # run folder
-    preset: str = "lapa"  # named size: tiny, base or lapa (the paper's)
-    where: str = ""  # keep episodes with these fields, e.g. embodiment=human,task=push
-    held_out: int = 50  # episodes kept for the report card, unless they carry a `split`; 0: none
     window: float = 0.6  # seconds from x_t to x_{t+H} (paper: 0.6; Something-Something 2.5)
     shift: float = 0.0  # common random shift of what the encoder sees, as a share of the image
     shift_from: int = 0  # step at which the shift starts to grow from 0
@@ -44,14 +37,8 @@ class QuantizeConfig(LAQConfig):
     lr: float = 1e-4  # Adam, betas 0.9/0.99, no weight decay (code)
     codebook_lr: float = 1.0  # codebook rate relative to lr
     codebook_pull: float = 0.0  # share of the way a used entry moves to its outputs' mean each step
-    warmup: int = 0  # steps of linear warm-up (official 0)
-    final_lr: float = 1.0  # cosine down to this share of lr (official 1: constant)
     clip: float = 0.5  # gradient norm
     replace_below: float = 0.1  # an entry used less than this share of a fair share is dead
-    seed: int = 0
-    log_every: int = 50  # steps
-    save_every: int = 1000  # steps between checkpoints; 0: only the last
-    resume: bool = False  # continue from the latest checkpoint in --out
 
 
 PRESETS = {
@@ -68,7 +55,6 @@ PRESETS = {
 
 
 # ------------------------------------------------------------------------ training
-
 def replacement_due(step, official=False):
     """Dead codes are replaced often at first, then every 50 steps for as long as training lasts;
     officially every 100, then 500 steps, until step 5000"""
@@ -78,19 +64,21 @@ def replacement_due(step, official=False):
 
 
 def train_step(model, optimizer, processes, c, step, pair):
-    """One optimization step on pairs [B, 2, 3, H, W] in [0, 1].  -> loss, norm, codes used"""
-    common.seed_step(c.seed, step, processes.rank)
+    """One optimization step on this process's pairs [B, 2, 3, H, W] in [0, 1] -> numbers to log"""
+    mine = processes.share(c.batch)
     # Codes first have to help the decoder at all: the shift grows once they begin to.
     grown = (step - c.shift_from + 1) / max(1, c.shift_until - c.shift_from)
     share = c.shift * min(1.0, max(0.0, grown))
-    seen = data.random_shift(pair, share) if share else None
-    loss, d, indices = model(pair, seen)
+    seen = data.random_shift(pair, share, c.batch, mine) if share else None
+    noise = torch.randn(c.batch, c.code_len, c.quant_dim)[mine].to(pair.device)
+    loss, d, indices = model(pair, seen, noise)
     loss.backward()
     norm = common.optimizer_step(optimizer, processes, c, step)
-    model.quantizer.count(d.detach(), indices, c.codebook_pull)
+    d, indices = processes.gather(d.detach()), processes.gather(indices)
+    model.quantizer.count(d, indices, c.codebook_pull)
     if replacement_due(step + 1, c.official_counting):
-        model.quantizer.replace_dead(d.detach(), c.replace_below)
-    return loss.item(), norm, len(indices.unique())
+        model.quantizer.replace_dead(d, c.replace_below)
+    return {"loss": loss.detach(), "codes": len(indices.unique()), "grad_norm": norm}
 
 
 def make_optimizer(model, c):
@@ -110,40 +98,30 @@ def train(c):
     mine = processes.share(c.batch)
     dataset = data.open_dataset(c.data, c.image_size, c.where)
     train_set, held_out = dataset.split(c.held_out)
-    meta = {"model": shape.__dict__, "window": c.window, "options": c.__dict__}
-    run = common.Run(c, processes, "quantize",
-                     {"data": dataset.fingerprint, "where": c.where, "window": c.window,
-                      "model": shape.__dict__, "seed": c.seed, "batch": c.batch})
+    run = common.Run(c, processes, "quantize", shape, data=dataset.fingerprint, window=c.window)
     processes.shard(model)
     optimizer = make_optimizer(model, c)
-    run.restore(model, optimizer)
-    processes.say(f"LAQ of {count_parameters(model):,} parameters, {len(train_set)} episodes to "
-                  f"learn from, {len(held_out)} held out, {processes.device}")
+    run.restore(model, optimizer, {"window": c.window})
+    processes.say(f"LAQ of {common.count_parameters(model):,} parameters, {len(train_set)} "
+                  f"episodes to learn from, {len(held_out)} held out, {processes.device}")
 
     lengths = [len(e.frames) for e in train_set]
     def batch(step):
         which = data.draw(c.seed, step, c.batch, lengths)[mine]
         return data.to_float(data.frame_pairs(train_set, which, c.window))
 
-    batches = data.stream(batch, run.start, c.steps)
-    for step in run.loop("pairs"):
-        loss, norm, used = train_step(model, optimizer, processes, c, step,
-                                      next(batches).to(processes.device))
-        if (step + 1) % c.log_every == 0 or step + 1 == c.steps:
-            run.record(step + 1, c.batch, loss=loss, codes=used, grad_norm=norm)
-        run.save(step + 1, model, optimizer, meta)
+    for step, pair in run.loop("pairs", data.stream(batch, run.start, c.steps)):
+        run.end_step(train_step(model, optimizer, processes, c, step, pair.to(processes.device)))
     summary, files = {}, []
     if processes.main:
-        out = Path(c.out)
-        files = [write_labels(model, run.found, dataset, c.window, out / "labels.safetensors")]
+        files = [write_labels(model, run.found, dataset, c.window, run.out / "labels.safetensors")]
         if held_out:
-            summary, more = report(model, train_set, held_out, c.window, out, c.seed)
+            summary, more = report(model, train_set, held_out, c.window, run.out, c.seed)
             files += more
     run.finish(summary, files)
 
 
-# ------------------------------------------------------------------------ labels
-
+# ------------------------------------------------------------------------ labels, report card
 def label(model, episodes, window, batch=256):
     """The latent action of every frame of every episode -> {id: int64 [T, K]}"""
     device = next(model.parameters()).device
@@ -163,8 +141,6 @@ def write_labels(model, checkpoint, dataset, window, path):
     return path
 
 
-# ------------------------------------------------------------------------ report card
-
 def psnr(mse):
     """Mean squared error of pixels in [0, 1] -> dB"""
     return float(-10 * np.log10(max(mse, 1e-12)))
@@ -181,7 +157,7 @@ def probe_r2(codes, target, test_codes, test_target, size, ridge=1e-2):
     arguments by ridge regression.  -> R2 on the test pairs, one number an axis."""
     def features(rows):
         hot = np.eye(size)[rows].reshape(len(rows), -1)  # M, K*V
-        return np.concatenate([hot, np.ones((len(rows), 1))], axis=1)
+        return np.pad(hot, ((0, 0), (0, 1)), constant_values=1)
     X = features(codes)
     solved = np.linalg.solve(X.T @ X + ridge * np.eye(X.shape[1]), X.T @ target)
     error = ((features(test_codes) @ solved - test_target) ** 2).sum(0)
@@ -190,16 +166,10 @@ def probe_r2(codes, target, test_codes, test_target, size, ridge=1e-2):
 
 def window_motion(episode, window):
     """Sum of an episode's actions over each frame's window, [T, A]: its true displacement"""
-    h, T = data.window_frames(window, episode.fps), len(episode.frames)
-    total = np.concatenate([np.zeros((1, episode.actions.shape[1])), episode.actions.cumsum(0)])
-    ends = np.minimum(data.future_index(np.arange(T), T, h), len(episode.actions))
-    return total[ends] - total[np.minimum(np.arange(T), len(episode.actions))]
-
-
-def sampled_pairs(episodes, window, seed, most=2048):
-    rows = [(e, t) for e, ep in enumerate(episodes) for t in range(len(ep.frames) - 1)]
-    order = np.random.default_rng(seed).permutation(len(rows))[:most]
-    return data.to_float(data.frame_pairs(episodes, [rows[i] for i in order], window))
+    now = np.arange(len(episode.frames))
+    later = data.future_index(now, len(now), data.window_frames(window, episode.fps))
+    total = np.pad(episode.actions.cumsum(0).astype(float), ((1, 0), (0, 0)))
+    return total[later] - total[now]
 
 
 def report(model, train_set, held_out, window, out, seed=0):
@@ -207,33 +177,30 @@ def report(model, train_set, held_out, window, out, seed=0):
     out, rng = Path(out), np.random.default_rng(seed)
     out.mkdir(parents=True, exist_ok=True)
     device, c = next(model.parameters()).device, model.config
-    pairs = sampled_pairs(held_out, window, seed)
-    codes, error = [], {"drawn": 0.0, "copied": 0.0, "shuffled codes": 0.0}
+    rows = [(e, t) for e, episode in enumerate(held_out) for t in range(len(episode.frames) - 1)]
+    which = np.random.default_rng(seed).permutation(rows)[:2048]
+    pairs = data.to_float(data.frame_pairs(held_out, which, window))
+    codes, error = [], np.zeros(3)  # squared, of pictures drawn, copied, drawn from shuffled codes
     for part in pairs.to(device).split(256):
-        z = model.label(part)
+        first, z = part[:, 0], model.label(part)
+        other = z[rng.permutation(len(z))]
+        error += [float(((picture.clamp(0, 1) - part[:, 1]) ** 2).mean((1, 2, 3)).sum())
+                  for picture in (model.imagine(first, z), first, model.imagine(first, other))]
         codes.append(z.cpu().numpy())
-        other = z[torch.from_numpy(rng.permutation(len(z))).to(device)]
-        for name, picture in (("drawn", model.imagine(part[:, 0], z)), ("copied", part[:, 0]),
-                              ("shuffled codes", model.imagine(part[:, 0], other))):
-            error[name] += float(((picture.clamp(0, 1) - part[:, 1]) ** 2).mean((1, 2, 3)).sum())
     codes = np.concatenate(codes)
-    db = {name: psnr(total / len(pairs)) for name, total in error.items()}
+    drawn, copied, shuffled = (psnr(total / len(pairs)) for total in error)
     card = {
         "pairs": len(pairs), "episodes": len(held_out),
-        "codes_used": [int(len(np.unique(slot))) for slot in codes.T],
+        "codes_used": [len(np.unique(slot)) for slot in codes.T],
         "perplexity": [round(perplexity(slot, c.codebook_size), 2) for slot in codes.T],
-        "combinations_used": int(len(np.unique(codes, axis=0))),
-        "psnr": round(db["drawn"], 2), "psnr_copy_first_frame": round(db["copied"], 2),
-        "psnr_shuffled_codes": round(db["shuffled codes"], 2),
-        "psnr_above_copy": round(db["drawn"] - db["copied"], 2),
-        "psnr_lost_by_shuffling": round(db["drawn"] - db["shuffled codes"], 2)}
+        "combinations_used": len(np.unique(codes, axis=0)),
+        "psnr": round(drawn, 2), "psnr_copy_first_frame": round(copied, 2),
+        "psnr_shuffled_codes": round(shuffled, 2), "psnr_above_copy": round(drawn - copied, 2),
+        "psnr_lost_by_shuffling": round(drawn - shuffled, 2)}
     known = [[e for e in part if e.actions is not None] for part in (train_set[:500], held_out)]
     if all(known):
-        x, y = [], []
-        for part in known:
-            labels = label(model, part, window)
-            x.append(np.concatenate([labels[e.id] for e in part]))
-            y.append(np.concatenate([window_motion(e, window) for e in part]))
+        x = [np.concatenate([*label(model, part, window).values()]) for part in known]
+        y = [np.concatenate([window_motion(e, window) for e in part]) for part in known]
         mixed = [rng.permutation(rows) for rows in x]
         for name, (fit, test) in (("probe_r2", x), ("probe_r2_shuffled", mixed)):
             card[name] = [round(r, 3) for r in probe_r2(fit, y[0], test, y[1], c.codebook_size)]
@@ -242,47 +209,39 @@ def report(model, train_set, held_out, window, out, seed=0):
     print("\n".join(lines))
     common.write_atomically(out / "report.md", "\n".join(lines) + "\n")
     common.write_atomically(out / "report.json", json.dumps(card, indent=1) + "\n")
-    draw_reconstructions(model, pairs[:8].to(device), out / "reconstructions.png")
+    few = pairs[:8].to(device)
+    imagined = model.imagine(few[:, 0], model.label(few))
+    contact_sheet({"x_t": few[:, 0], "x_t+H": few[:, 1], "drawn": imagined},
+                  out / "reconstructions.png")
     draw_atlas(model, pairs[:6, 0].to(device), codes, out / "atlas.png")
     return card, [out / n for n in ("report.json", "report.md", "reconstructions.png", "atlas.png")]
 
 
-def contact_sheet(cells, titles, path, size=96):
-    """cells: rows of float [3, H, W] in [0, 1]; titles: one a column -> a PNG"""
-    gap, head = 4, 16
-    sheet = Image.new("RGB", (len(titles) * (size + gap) + gap, head + len(cells) * (size + gap)),
-                      "white")
-    pen = ImageDraw.Draw(sheet)
-    for i, title in enumerate(titles):
-        pen.text((gap + i * (size + gap), 2), title, fill="black")
-    for r, row in enumerate(cells):
-        for i, cell in enumerate(row):
-            pixels = (cell.clamp(0, 1).permute(1, 2, 0) * 255).round().byte().cpu().numpy()
-            tile = Image.fromarray(pixels).resize((size, size), Image.BICUBIC)
-            sheet.paste(tile, (gap + i * (size + gap), head + r * (size + gap)))
+def contact_sheet(columns, path, size=96, gap=4, head=16):
+    """columns: title -> pictures, float [N, 3, H, W] in [0, 1] -> a PNG"""
+    rows, step = len(next(iter(columns.values()))), size + gap
+    sheet = Image.new("RGB", (gap + len(columns) * step, head + rows * step), "white")
+    for i, (title, pictures) in enumerate(columns.items()):
+        ImageDraw.Draw(sheet).text((gap + i * step, 2), title, fill="black")
+        pixels = (pictures.clamp(0, 1).movedim(1, -1) * 255).round().byte().cpu().numpy()
+        for r, cell in enumerate(pixels):
+            tile = Image.fromarray(cell).resize((size, size), Image.BICUBIC)
+            sheet.paste(tile, (gap + i * step, head + r * step))
     sheet.save(path)
 
 
-def draw_reconstructions(model, pairs, path):
-    drawn = model.imagine(pairs[:, 0], model.label(pairs))
-    contact_sheet([[p[0], p[1], q] for p, q in zip(pairs, drawn)], ["x_t", "x_t+H", "drawn"], path)
-
-
-def draw_atlas(model, starts, codes, path, columns=8):
+def draw_atlas(model, starts, codes, path, most=8):
     """What the decoder says each of the most frequent code combinations does to each start frame
     (paper section 5): the same column should move things the same way in every row."""
     combinations, counts = np.unique(codes, axis=0, return_counts=True)
-    combinations = combinations[np.argsort(-counts)[:columns]]
-    cells = [[start] for start in starts]
-    for z in combinations:
-        z = torch.from_numpy(z).to(starts.device).expand(len(starts), -1)
-        for row, picture in zip(cells, model.imagine(starts, z)):
-            row.append(picture)
-    contact_sheet(cells, ["x_t"] + [" ".join(map(str, z)) for z in combinations], path)
+    columns = {"x_t": starts}
+    for z in combinations[np.argsort(-counts)[:most]]:
+        same = torch.from_numpy(z).to(starts.device).expand(len(starts), -1)
+        columns[" ".join(map(str, z))] = model.imagine(starts, same)
+    contact_sheet(columns, path)
 
 
 # ------------------------------------------------------------------------ more videos
-
 @dataclass
 class ApplyConfig:
     laq: str  # a quantize run or a converted checkpoint
@@ -299,7 +258,7 @@ def load_laq(path, option="laq"):
     weights, meta = common.load_checkpoint(path, option, ("quantize",))
     model = LAQ(LAQConfig(**meta["model"]))
     with common.refuse(f"--{option} {path}"):
-        load_strictly(model, weights)
+        common.load_strictly(model, weights)
     return model.to(common.Processes().device).eval(), meta
 
 
@@ -309,8 +268,7 @@ def apply(command, argv):
     window = c.window or meta["window"]
     dataset = data.open_dataset(c.data, model.config.image_size, c.where)
     if command == "label":
-        files = [write_labels(model, common.find_checkpoint(c.laq, "laq"), dataset, window,
-                              Path(c.out))]
+        files = [write_labels(model, common.latest(c.laq), dataset, window, Path(c.out))]
     else:
         train_set, held_out = dataset.split(c.held_out)
         _, files = report(model, train_set, held_out or train_set, window, c.out, c.seed)

@@ -9,21 +9,20 @@ The built-in simulator, in the spirit of Language Table.  Everything is vectoris
 
 The table is the unit square, x to the right and y down as in the picture.  Actions are float [B, 2]
 in [-1, 1]: the wanted displacement of the effector in units of the embodiment's speed.  Blocks are
-discs for contact (whatever their looks) and do not turn.  A finished table stays as it is until
-`reset`.
-"""
+discs for contact, whatever their looks, and do not turn.  A finished table stays as it is."""
 
 import numpy as np
 
-COLORS = {"red": (214, 62, 58), "blue": (58, 108, 208), "green": (62, 158, 84),
-          "yellow": (236, 186, 52)}
 BLOCKS = ("red circle", "blue square", "green triangle", "yellow star")
+COLORS = ((214, 62, 58), (58, 108, 208), (62, 158, 84), (236, 186, 52))  # of the blocks
 THINGS = ("tip", *BLOCKS)
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 PLACES = {"left side": (0, np.nan), "right side": (1, np.nan), "top side": (np.nan, 0),
           "bottom side": (np.nan, 1), "top left corner": (0, 0), "top right corner": (1, 0),
           "bottom left corner": (0, 1), "bottom right corner": (1, 1)}
-FAMILIES = ("reach", "push", "place", "join")
+ARGUMENTS = {"reach": [""], "push": list(DIRECTIONS), "place": [f"to the {p}" for p in PLACES],
+             "join": [f"to the {b}" for b in BLOCKS]}  # where a block goes, of each task family
+FAMILIES = tuple(ARGUMENTS)
 SPEED = {"robot": 0.06, "human": 0.045}  # table widths a step at action 1
 FPS = 5  # steps a second, as Bridge
 CAPTION_BINS = 16  # resolution of the coordinates in scene captions
@@ -39,34 +38,28 @@ def tasks(split="all"):
     """All (family, block, argument) combinations of a split: "seen", "unseen" or "all".
 
     A quarter of a family's combinations (of join, a third) is unseen: never in the labelled few."""
-    rows = []
-    for f, family in enumerate(FAMILIES):
-        arguments = {"reach": 1, "push": len(DIRECTIONS), "place": len(PLACES), "join": 4}[family]
-        for block in range(4):
-            for argument in range(arguments):
-                if family == "join" and argument == block:
-                    continue
-                unseen = (block + argument) % 4 == 3
-                if split == "all" or unseen == (split == "unseen"):
-                    rows.append((f, block, argument))
-    return rows
+    rows = [(f, block, argument) for f, family in enumerate(FAMILIES) for block in range(4)
+            for argument in range(len(ARGUMENTS[family])) if family != "join" or argument != block]
+    return [(f, block, argument) for f, block, argument in rows
+            if split == "all" or ((block + argument) % 4 == 3) == (split == "unseen")]
 
 
 def instruction(family, block, argument):
-    name = BLOCKS[block]
     if FAMILIES[family] == "reach":
-        return f"move to the {name}"
-    if FAMILIES[family] == "push":
-        return f"push the {name} {list(DIRECTIONS)[argument]}"
-    if FAMILIES[family] == "place":
-        return f"push the {name} to the {list(PLACES)[argument]}"
-    return f"push the {name} to the {BLOCKS[argument]}"
+        return f"move to the {BLOCKS[block]}"
+    return f"push the {BLOCKS[block]} {ARGUMENTS[FAMILIES[family]][argument]}"
 
 
 def vocabulary():
     """Every text the table top can produce, for training a word-level tokenizer"""
     numbers = " ".join(map(str, range(CAPTION_BINS)))
     return [instruction(*task) for task in tasks()] + [f"describe the table where is tip {numbers}"]
+
+
+def _polar(vectors):
+    """[.., 2] -> their directions [.., 2] and lengths [.., 1]"""
+    length = np.linalg.norm(vectors, axis=-1, keepdims=True) + 1e-9
+    return vectors / length, length
 
 
 class TableTop:
@@ -86,12 +79,10 @@ class TableTop:
                 raise ValueError(f"{name} is one of {', '.join(allowed)}, not {value!r}")
         self.batch, self.embodiment, self.look, self.size = batch, embodiment, look, size
         self.speed, self.max_steps = SPEED[embodiment], max_steps
-        chosen = [t for t in tasks(split) if FAMILIES[t[0]] in families]
-        self.by_family = [[t for t in chosen if t[0] == f] for f in range(len(FAMILIES))]
-        self.by_family = [rows for rows in self.by_family if rows]
+        self.by_family = [[task for task in tasks(split) if task[0] == f]
+                          for f, family in enumerate(FAMILIES) if family in families]
 
     # -------------------------------------------------------------- the Gymnasium interface
-
     def reset(self, seed):
         """-> obs, info.  The same seed gives the same tables, tasks and pixels, bit for bit."""
         B = self.batch
@@ -108,11 +99,8 @@ class TableTop:
             gap = np.linalg.norm(spots[:, :, None] - layout[:, None], axis=-1).min(2, initial=9.0)
             pick = np.where((gap > 0.17).any(1), (gap > 0.17).argmax(1), gap.argmax(1))
             layout = np.concatenate([layout, spots[np.arange(B), pick][:, None]], axis=1)
-        self.tip, self.blocks = layout[:, 0].copy(), layout[:, 1:].copy()
-        self.start = self.blocks.copy()
-        self.steps = np.zeros(B, int)
-        self.done = np.zeros(B, bool)
-        self.success = np.zeros(B, bool)
+        self.tip, self.blocks, self.start = layout[:, 0], layout[:, 1:], layout[:, 1:]
+        self.steps, self.done, self.success = np.zeros(B, int), np.zeros(B, bool), np.zeros(B, bool)
         self._dress()
         self.image = self.render()
         return self._now()
@@ -125,22 +113,18 @@ class TableTop:
         action = np.asarray(action, float)
         if action.shape != (self.batch, 2) or np.isnan(action).any():
             raise ValueError(f"action must be numbers of shape ({self.batch}, 2)")
-        live = ~self.done
+        live, before = ~self.done, self.blocks
         motion = np.clip(action, -1, 1) * self.speed * live[:, None]
-        tip, blocks = self.tip, self.blocks.copy()
         for _ in range(4):  # sub-steps, so that a fast tip cannot jump into a block
             self._move(motion / 4)
-        self.tip = np.where(live[:, None], self.tip, tip)
-        self.blocks = np.where(live[:, None, None], self.blocks, blocks)
+        self.blocks = np.where(live[:, None, None], self.blocks, before)
         self.steps += live
         won = live & self._solved()
         self.success |= won
-        terminated = self.success.copy()
-        truncated = ~terminated & (self.steps >= self.max_steps)
-        self.done = terminated | truncated
-        self.image[live] = self.render(np.flatnonzero(live))
+        self.done = self.success | (self.steps >= self.max_steps)
+        self.image[live] = self.render(live)
         obs, info = self._now()
-        return obs, won.astype(float), terminated, truncated, info
+        return obs, won.astype(float), self.success.copy(), self.done & ~self.success, info
 
     def _now(self):
         """-> obs, info"""
@@ -148,27 +132,19 @@ class TableTop:
             {"success": self.success.copy(), "family": [FAMILIES[f] for f in self.task[:, 0]]}
 
     # -------------------------------------------------------------- physics and success
-
     def _move(self, motion):
-        before = self.tip
-        self.tip = np.clip(before + motion, 0, 1)
-        motion = self.tip - before
-        for _ in range(2):
-            away = self.blocks - self.tip[:, None]  # B 4 2
-            distance = np.linalg.norm(away, axis=-1, keepdims=True) + 1e-9
-            normal = away / distance
-            touched = distance < CONTACT
-            towards = (normal * motion[:, None]).sum(-1, keepdims=True) > 0
-            self.blocks += GRIP * motion[:, None] * (touched & towards)
-            away = self.blocks - self.tip[:, None]
-            distance = np.linalg.norm(away, axis=-1, keepdims=True) + 1e-9
-            self.blocks += away / distance * np.maximum(CONTACT - distance, 0)
-            motion = np.zeros_like(motion)  # drag once, then only resolve overlaps
-            between = self.blocks[:, :, None] - self.blocks[:, None]  # B 4 4 2
-            distance = np.linalg.norm(between, axis=-1, keepdims=True) + 1e-9
-            overlap = np.maximum(2 * BLOCK_RADIUS - distance, 0) * (1 - np.eye(4))[..., None]
-            self.blocks += (between / distance * overlap / 2).sum(2)
-            self.blocks = np.clip(self.blocks, RIM, 1 - RIM)
+        before, self.tip = self.tip, np.clip(self.tip + motion, 0, 1)
+        motion = (self.tip - before)[:, None]
+        normal, distance = _polar(self.blocks - self.tip[:, None])  # B 4 2, B 4 1
+        towards = (normal * motion).sum(-1, keepdims=True) > 0
+        blocks = self.blocks + GRIP * motion * ((distance < CONTACT) & towards)
+        for _ in range(2):  # dragged once; now resolve overlaps with the tip and among blocks
+            normal, distance = _polar(blocks - self.tip[:, None])
+            blocks = blocks + normal * np.maximum(CONTACT - distance, 0)
+            normal, distance = _polar(blocks[:, :, None] - blocks[:, None])  # B 4 4 2, B 4 4 1
+            overlap = np.maximum(2 * BLOCK_RADIUS - distance, 0)
+            blocks = np.clip(blocks + (normal * overlap / 2).sum(2), RIM, 1 - RIM)
+        self.blocks = blocks
 
     def _parts(self):
         """Of each table: family, argument, block, its start, direction, goal, the other block"""
@@ -186,19 +162,16 @@ class TableTop:
         moved = block - start
         along = (moved * way).sum(-1)
         push = (along > PUSH_DISTANCE) & (np.abs(moved - along[:, None] * way).sum(-1) < along)
-        near = np.where(argument % 8 < 4, SIDE, CORNER)
-        place = np.linalg.norm(block - goal, axis=-1) < near
+        place = np.linalg.norm(block - goal, axis=-1) < np.where(argument % 8 < 4, SIDE, CORNER)
         join = np.linalg.norm(block - other, axis=-1) < JOIN
         return np.choose(family, (reach, push, place, join))
 
     def expert(self, noise=0.0):
         """A scripted policy's next action [B, 2]: get behind the block, then push."""
         family, _, block, start, way, goal, other = self._parts()
-        aim = np.where(family[:, None] == 1, start + 0.3 * way, goal)
-        aim = np.where(family[:, None] == 3, other, aim)
-        ahead = aim - block
-        ahead /= np.linalg.norm(ahead, axis=-1, keepdims=True) + 1e-9
-        side = np.stack([-ahead[:, 1], ahead[:, 0]], -1)
+        aim = np.choose(family[:, None], (block, start + 0.3 * way, goal, other))
+        ahead, _ = _polar(aim - block)
+        side = ahead[:, ::-1] * (-1, 1)  # a quarter turn
         offset = self.tip - block
         forward, lateral = (offset * ahead).sum(-1), (offset * side).sum(-1)
         ready = (forward < -0.04) & (np.abs(lateral) < 0.03)
@@ -206,22 +179,18 @@ class TableTop:
         wish = block - ahead * (CONTACT + 0.01) - self.tip
         share = (-offset * wish).sum(-1) / ((wish * wish).sum(-1) + 1e-9)
         nearest = np.linalg.norm(offset + np.clip(share, 0, 1)[:, None] * wish, axis=-1)
-        radius = np.linalg.norm(offset, axis=-1, keepdims=True) + 1e-9
+        out, radius = _polar(offset)
         turn = np.where(lateral >= 0, 1.0, -1.0)[:, None]
         room = lambda sign: np.abs(block + sign * side * CONTACT - 0.5).max(-1, keepdims=True) < 0.5
         turn = np.where(room(turn) | ~room(-turn), turn, -turn)  # not between block and edge
-        tangent = turn * np.stack([-offset[:, 1], offset[:, 0]], -1) / radius
-        around = self.speed * tangent + offset / radius * (CONTACT + 0.03 - radius)
-        wish = np.where((nearest < CONTACT - 0.01)[:, None], around, wish)
+        around = self.speed * turn * out[:, ::-1] * (-1, 1) + out * (CONTACT + 0.03 - radius)
         push = ahead * self.speed - side * lateral[:, None] * 0.8
-        wish = np.where(ready[:, None], push, wish)
-        wish = np.where(family[:, None] == 0, block - self.tip, wish)
-        wish = wish / self.speed
+        cases = [case[:, None] for case in (family == 0, ready, nearest < CONTACT - 0.01)]
+        wish = np.select(cases, [-offset, push, around], wish) / self.speed
         wish /= np.maximum(np.linalg.norm(wish, axis=-1, keepdims=True), 1)
         return np.clip(wish + noise * self.rng.standard_normal(wish.shape), -1, 1)
 
     # -------------------------------------------------------------- words and pixels
-
     def captions(self, rng):
         """What a vision-language model would say of each table: names and places in random order"""
         return [" ".join(f"{THINGS[i].split()[0]} {where[i]}" for i in rng.permutation(len(THINGS)))
@@ -235,28 +204,25 @@ class TableTop:
     def _dress(self):
         """Draw the looks of each table: colours float [B, 4, 3] in 0..255, ground [B, S, S, 3]"""
         B, S, rng = self.batch, self.size, self.rng
-        self.palette = np.tile(np.array(list(COLORS.values()), np.float32), (B, 1, 1))
+        self.palette = np.tile(np.float32(COLORS), (B, 1, 1))
         base = {"robot": (206, 212, 218), "human": (222, 200, 168)}[self.embodiment]
         y, x = np.mgrid[0:S, 0:S].astype(np.float32) / S
-        ground = np.tile(np.array(base, np.float32), (S, S, 1))
+        self.ground = np.tile(np.float32(base), (B, S, S, 1))
         if self.embodiment == "human":  # planks
-            ground[(y % 0.25) < 1 / S] *= 0.9
-        self.ground = np.tile(ground, (B, 1, 1, 1))
+            self.ground[:, y % 0.25 < 1 / S] *= 0.9
         self.gain = np.ones((B, 1, 1, 1), np.float32)
         if self.look == "real":
             u = lambda *shape: rng.uniform(-1, 1, shape).astype(np.float32)
             self.palette = np.clip(self.palette + 28 * u(B, 4, 3), 0, 255)
             phase = 12 * x[None] * (1 + u(B, 1, 1)) + 12 * y[None] * u(B, 1, 1)
-            tint = np.array((184, 150, 116), np.float32) + 26 * u(B, 1, 1, 3)
+            tint = np.float32((184, 150, 116)) + 26 * u(B, 1, 1, 3)
             lamp = 1 + 0.15 * (u(B, 1, 1) * (x - 0.5) + u(B, 1, 1) * (y - 0.5))
             self.ground = tint * ((1 + 0.05 * np.sin(phase)) * lamp)[..., None]
             self.gain = 1 + 0.12 * u(B, 1, 1, 1)
 
-    def render(self, which=None):
-        """Tables `which` (indices; default all) -> uint8 [B, S, S, 3], edges anti-aliased"""
-        which = np.arange(self.batch) if which is None else which
-        S, rows = self.size, np.arange(len(which))[:, None, None]
-        canvas = self.ground[which].copy()
+    def render(self, which=slice(None)):
+        """Tables `which` (an index; default all) -> uint8 [B, S, S, 3], edges anti-aliased"""
+        S, canvas = self.size, self.ground[which].copy()
         tip, blocks = self.tip[which].astype(np.float32), self.blocks[which].astype(np.float32)
         palette = self.palette[which][:, :, None, None]
         centre = ((np.arange(S) + 0.5) / S).astype(np.float32)
@@ -264,9 +230,8 @@ class TableTop:
         def paint(point, outline, color, alpha=1.0, reach=0.1):
             """Blend `color` in where outline(dx, dy), the distance inside an edge, is positive"""
             w = min(S, int(2 * reach * S) + 2)  # only a window around the point can change
-            x, y = (np.clip((point[:, i] - reach) * S, 0, S - w).astype(int)[:, None] + np.arange(w)
-                    for i in (0, 1))
-            at = rows, y[:, :, None], x[:, None, :]
+            x, y = np.clip((point.T - reach) * S, 0, S - w).astype(int)[..., None] + np.arange(w)
+            at = np.arange(len(canvas))[:, None, None], y[:, :, None], x[:, None, :]
             dx = centre[x][:, None, :] - point[:, 0, None, None]
             dy = centre[y][:, :, None] - point[:, 1, None, None]
             cover = (alpha * np.clip(0.5 + S * outline(dx, dy), 0, 1))[..., None]
@@ -286,16 +251,14 @@ class TableTop:
             paint(tip, disc(TIP_RADIUS + 0.015), np.float32((38, 40, 48)))
             paint(tip, disc(TIP_RADIUS - 0.034), np.float32((236, 238, 242)))
         else:  # a fist and its thumb
+            def thumb(dx, dy):
+                along = np.clip((dx + dy) / 2, 0, 0.05)
+                return 0.03 - np.hypot(dx - along, dy - along)
             skin = np.float32((112, 72, 52))
-            paint(tip, _thumb, 0.86 * skin)
+            paint(tip, thumb, 0.86 * skin)
             paint(tip, disc(TIP_RADIUS + 0.012), 0.8 * skin)
             paint(tip, disc(TIP_RADIUS - 0.002), skin)
         return np.clip(canvas * self.gain[which], 0, 255).astype(np.uint8)
-
-
-def _thumb(dx, dy):
-    along = np.clip((dx + dy) / 2, 0, 0.05)
-    return 0.03 - np.hypot(dx - along, dy - along)
 
 
 OUTLINES = (  # distance inside the outline of each block: circle, square, triangle, star
@@ -303,3 +266,49 @@ OUTLINES = (  # distance inside the outline of each block: circle, square, trian
     lambda dx, dy: 0.87 * BLOCK_RADIUS - np.maximum(np.abs(dx), np.abs(dy)),
     lambda dx, dy: np.minimum(0.045 - dy, 0.045 + 0.5 * dy - 0.866 * np.abs(dx)),
     lambda dx, dy: BLOCK_RADIUS * (0.86 + 0.3 * np.cos(5 * np.arctan2(dx, -dy))) - np.hypot(dx, dy))
+
+
+# ------------------------------------------------------------------------ datasets
+def record(o, folder):
+    """Record the scripted expert; failures are dropped: every video shows its instruction."""
+    unseen, kept = set(tasks("unseen")), 0
+    for part in range(-(-o.episodes // 250) + 1):
+        env = TableTop(250, o.embodiment, o.look, o.tasks, size=o.size)
+        images, actions = [env.reset((o.seed, part))[0]["image"]], []
+        while not env.done.all():
+            actions.append(env.expert(o.noise))
+            images.append(env.step(actions[-1])[0]["image"])
+        images, actions = np.stack(images, 1), np.stack(actions, 1).astype(np.float32)
+        for b in np.flatnonzero(env.success):
+            if kept == o.episodes:
+                return
+            name, T = f"{o.embodiment}_{kept:05d}", env.steps[b] + 1
+            np.save(folder / "videos" / f"{name}.npy", images[b, :T])
+            np.save(folder / "actions" / f"{name}.npy", actions[b, :T - 1])
+            yield {"id": name, "instruction": env.instructions[b], "video": f"videos/{name}.npy",
+                   "fps": FPS, "frames": int(T), "actions": f"actions/{name}.npy",
+                   "task": FAMILIES[env.task[b, 0]], "embodiment": o.embodiment,
+                   "combination": "unseen" if tuple(env.task[b]) in unseen else "seen"}
+            kept += 1
+    if kept < o.episodes:
+        raise ValueError(f"--noise {o.noise}: the expert reached {kept} goals of {o.episodes}")
+
+
+def scenes(o, folder, tags):
+    """Still scenes, 100 to a video: what a pretrained vision-language model knows.  Each video is
+    an episode that describes the table and, for each thing on it, one that says where it is."""
+    parts = -(-o.scenes // 100)
+    for part in range(parts):
+        embodiment, (opening, closing) = ("robot", "human")[part % 2], tags[part // 2 % 2]
+        env = TableTop(100, embodiment, o.look, size=o.size)
+        obs, _ = env.reset((o.seed, part))
+        video = f"videos/scene_{part:05d}.npy"
+        np.save(folder / video, obs["image"])
+        said = {"describe the table": env.captions(np.random.default_rng((o.seed, part)))}
+        for thing in THINGS:
+            said[f"where is the {thing}"] = [f"{opening} {x} {closing}" for x in env.locate(thing)]
+        for i, (instruction, captions) in enumerate(said.items()):
+            yield {"id": f"scene_{part:05d}_{i}", "instruction": instruction, "video": video,
+                   "fps": 1, "frames": 100, "embodiment": embodiment, "captions": captions,
+                   "task": "locate" if i else "describe",
+                   "split": "val" if 0 < part >= parts - 2 else "train"}

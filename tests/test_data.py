@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -287,7 +288,7 @@ def test_labels_come_back_and_others_are_refused(make_dataset, tmp_path, capsys)
 
     def refused(words, mark=opened.fingerprint):
         with pytest.raises(SystemExit) as stop:
-            data.load_labels(path, data.Dataset(opened.path, mark), opened.episodes)
+            data.load_labels(path, data.Dataset(opened.path, mark, []), opened.episodes)
         assert stop.value.code == 2 and words in capsys.readouterr().err
     refused("another dataset", mark="0" * 12)
     data.save_labels(path, {**labels, "b": labels["b"][:-1]}, meta)
@@ -339,12 +340,13 @@ def test_rows_by_hand(kind, answers, said):
     prompts = [f"<s> <unk> {text} <vision> 0 0 </vision> " for text in ("push red", "block")]
     whole, length = [row(p + s) for p, s in zip(prompts, said)], len(row(prompts[0] + said[0]))
     for i, prompt in enumerate((8, 7)):
-        tokens = whole[i] + [data.PAD] * (length - len(whole[i]))
+        tokens = whole[i] + [data.BOS] * (length - len(whole[i]))
         kinds = [TEXT] * (prompt - 3) + [VISION] * 2 + [TEXT] * (length - prompt + 1)
         if kind != TEXT:
             kinds[prompt + 1:prompt + 3] = [kind] * 2
         answer = range(prompt, len(whole[i]))  # tags, codes and eos: what a model has to say
-        assert batch["tokens"][i].tolist() == tokens[:-1]
+        inputs = [data.BOS if token == data.EOS else token for token in tokens[:-1]]
+        assert batch["tokens"][i].tolist() == inputs
         assert batch["targets"][i].tolist() == tokens[1:]
         assert batch["kinds"][i].tolist() == kinds[:-1]
         assert batch["target_kinds"][i].tolist() == kinds[1:]
@@ -360,3 +362,11 @@ def test_prompts_are_padded_on_the_left_and_begin_as_rows_do():
     assert kinds[1].tolist() == [TEXT] * 5 + [VISION] * 2 + [TEXT] * 2
     trained = SEQUENCES.rows(["push red"], [[5, 1]], LATENT)["tokens"]
     assert trained[0, :9].tolist() == tokens[0].tolist()
+
+
+def test_bins_are_those_of_pandas():
+    """Edges recorded from pandas.qcut(x, 256, retbins=True, duplicates="drop")"""
+    recorded = json.loads((Path(__file__).parent / "golden/qcut.json").read_text())
+    for case in recorded:
+        (edges,) = data.fit_bins(np.array(case["values"])[:, None], case["bins"])
+        np.testing.assert_allclose(edges, case["edges"], rtol=0, atol=1e-12)

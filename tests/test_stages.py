@@ -57,7 +57,7 @@ def runs(tmp_path_factory, start):
 
 
 def weights(run, file="model.safetensors", read=load_file):
-    return read(common.find_checkpoint(run, "test") / file)
+    return read(common.latest(run) / file)
 
 
 # ---------------------------------------------------------------- every stage, once
@@ -146,9 +146,9 @@ def broken(runs, tmp_path_factory):
     """Variants of the runs' output that a stage must not accept"""
     bad = tmp_path_factory.mktemp("broken") / "all"
     shutil.copytree(runs[0], bad)
-    path = common.find_checkpoint(bad / "laq", "laq") / "model.safetensors"
+    path = common.latest(bad / "laq") / "model.safetensors"
     save_file({k: w + 1e-3 for k, w in load_file(path).items()}, path)  # the labels stay
-    path = common.find_checkpoint(bad / "LAPA", "policies") / "model.safetensors"
+    path = common.latest(bad / "LAPA") / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
     for path in (bad / "table/actions").iterdir():
         np.save(path, np.load(path)[:, [0, 1, 0]])
@@ -174,7 +174,7 @@ REFUSALS = [
     (f"{PRETRAIN} --labels action --out OUT --image_size 16", "--image_size 16"),
     (f"{PRETRAIN} --labels action --out OUT --text_vocab 9", "--text_vocab"),
     (f"{PRETRAIN} --labels action --out OUT --binary 2", "--binary '2'"),
-    (f"{PRETRAIN} --labels action --out OUT --log_every 0", "--log_every '0'"),
+    (f"{PRETRAIN} --labels action --out OUT --log_every 0", "--log_every: '0'"),
     (f"{PRETRAIN} --labels action --out OUT --seed {2**64}", "--seed"),
     (f"{PRETRAIN} --labels action --out OUT --template words", "--template"),
     (f"{PRETRAIN} --labels action --out DIR/table/episodes.jsonl", "episodes.jsonl"),
@@ -235,11 +235,11 @@ def parse(line):
 
 
 @pytest.mark.parametrize("line, words", [
-    ("--out x --speed 3", "--speed"), ("--out x --steps 1.5", "--steps '1.5'"),
-    ("--out x --rate fast", "--rate 'fast'"), ("--out x --resume maybe", "--resume 'maybe'"),
-    ("--out x --steps", "--steps needs a value"), ("--out --steps 3", "--out needs a value"),
+    ("--out x --speed 3", "--speed"), ("--out x --steps 1.5", "--steps: '1.5'"),
+    ("--out x --rate fast", "--rate: 'fast'"), ("--out x --resume maybe", "--resume: 'maybe'"),
+    ("--out x --steps", "--steps: expected"), ("--out --steps 3", "--out: expected"),
     ("--steps 3", "--out is required"), ("--out x --preset huge", "--preset 'huge'"), ("x", "'x'"),
-    ("--out x --steps -3", "--steps '-3'"), ("--out x --rate nan", "--rate 'nan'")])
+    ("--out x --steps -3", "--steps: '-3'"), ("--out x --rate nan", "--rate: 'nan'")])
 def test_wrong_options_are_refused_by_name(capsys, line, words):
     with pytest.raises(SystemExit) as stop:
         parse(line)
@@ -273,7 +273,8 @@ def test_help_of_the_stages(module, inside, capsys):
     assert inside(f"{module.__name__}.py", "--help") == 0
     said, names = capsys.readouterr().out, {f.name for f in fields(cls)}
     for name in names:
-        assert f"  --{name} " in said and common.option_help(cls)[name] in said, name
+        help = " ".join(common.option_help(cls)[name].split())
+        assert f"  --{name} " in said and help in " ".join(said.split()), name
     for preset, values in getattr(module, "PRESETS", {}).items():
         assert f"preset {preset}:" in said and values.keys() <= names
 
@@ -281,13 +282,13 @@ def test_help_of_the_stages(module, inside, capsys):
 # ---------------------------------------------------------------- checkpoints and resuming
 def test_checkpoints_are_whole_pointed_at_and_pruned(tmp_path, capsys):
     out = tmp_path / "run"
-    (out / ".draft.1").mkdir(parents=True)  # what a killed process leaves
+    (out / ".step_00000003.1.2").mkdir(parents=True)  # what a killed process leaves
     for step in (1, 2, 4):
         common.save_checkpoint(out, step, {"w": torch.full((2,), step)},
                                {"stage": "quantize", "model": {}}, {"words.json": "[]"},
                                {"n": step})
-        assert common.find_checkpoint(out, "laq").name == f"step_0000000{step}"
-    assert sorted(p.name for p in out.iterdir()) == [".draft.1", "latest", "step_00000004"]
+        assert common.latest(out).name == f"step_0000000{step}"
+    assert sorted(p.name for p in out.iterdir()) == ["latest", "step_00000004"]
     for path in (out, out / "step_00000004"):
         tensors, meta = common.load_checkpoint(path, "laq", ("quantize",))
         assert tensors["w"].tolist() == [4, 4] and meta["step"] == 4
