@@ -22,12 +22,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-
 def fail(message):
     """Refuse bad input: one clear line and exit code 2."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
-
 
 @contextlib.contextmanager
 def refuse(what, kinds=(ValueError, OSError)):
@@ -44,7 +42,6 @@ def option_help(cls):
     source = "".join(inspect.getsource(base) for base in reversed(cls.__mro__[:-1]))
     return dict(re.findall(r"^    (\w+): [^#\n]*(?:# *(.*))?$", source, re.MULTILINE))
 
-
 def parse_value(kind, least, text):
     """One option's text as bool, str, float, or int from `least` on"""
     words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
@@ -57,7 +54,6 @@ def parse_value(kind, least, text):
         expected = {bool: "true or false", int: f"a whole number, {least} or more",
                     float: "a number, 0 or more"}[kind]
         raise argparse.ArgumentTypeError(f"{text!r}: expected {expected}") from None
-
 
 def parse_options(cls, argv, presets=None, usage=None, positional=()):
     """Command line -> dataclass `cls`, and the set of options that were named on it.
@@ -92,7 +88,6 @@ def parse_options(cls, argv, presets=None, usage=None, positional=()):
         if field.default is dataclasses.MISSING and field.name not in given:
             fail(f"--{field.name} is required: {comments.get(field.name, '')}")
     return cls(**{**presets.get(chosen, {}), **given}), set(given)
-
 
 @dataclasses.dataclass(kw_only=True)
 class TrainConfig:
@@ -170,13 +165,11 @@ class Processes:
         dist.all_reduce(packed)
         return dict(zip(values, (packed / self.world).tolist()))
 
-
 def make_optimizer(groups, kind=torch.optim.AdamW, **settings):
     """Optimizer over groups [{"params": [...], "lr": ..}]; each parameter lands in exactly one."""
     groups = [{**g, "peak": g["lr"], "params": [p for p in g["params"] if p.requires_grad]}
               for g in groups]
     return kind([g for g in groups if g["params"]], **settings)
-
 
 def optimizer_step(optimizer, processes, c, step):
     """Average gradients over ranks, clip their norm at c.clip, step at the rate that c.steps,
@@ -194,14 +187,12 @@ def optimizer_step(optimizer, processes, c, step):
     optimizer.zero_grad(set_to_none=True)
     return float(norm)
 
-
 def warmup_cosine(step, steps, warmup, floor):
     """Learning-rate factor: linear over `warmup` steps, then a cosine from 1 down to `floor`"""
     if step < warmup:
         return (step + 1) / warmup
     share = (step - warmup) / max(1, steps - warmup)
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share))
-
 
 def seed_step(seed, step):
     """Seed torch, so that noise is a function of (seed, step) and resuming needs no state"""
@@ -213,7 +204,6 @@ def seed_step(seed, step):
 def count_parameters(model):
     return sum(p.numel() for p in model.parameters())
 
-
 def differences(expected, found):
     """Two tables name -> shape: every missing, unexpected and misshapen tensor in words, or "" """
     wrong = [f"{n} {tuple(found[n])}, expected {tuple(expected[n])}"
@@ -222,7 +212,6 @@ def differences(expected, found):
                      (("missing", sorted(expected.keys() - found.keys())),
                       ("unexpected", sorted(found.keys() - expected.keys())),
                       ("wrong shape", wrong)) if names)
-
 
 def load_strictly(model, weights, fresh=()):
     """Copy `weights` (name -> tensor) into model; names and shapes must agree as sets, but those in
@@ -233,7 +222,6 @@ def load_strictly(model, weights, fresh=()):
     if problems:
         raise ValueError(problems)
     model.load_state_dict({**{name: ours[name] for name in fresh}, **weights})
-
 
 @contextlib.contextmanager
 def atomically(path):
@@ -249,11 +237,9 @@ def atomically(path):
         with contextlib.suppress(OSError):
             draft.unlink()
 
-
 def write_atomically(path, text):
     with atomically(path) as draft:
         draft.write_text(text)
-
 
 def save_weights(folder, tensors, shard=2 << 30):
     """Write (name, tensor) pairs to folder/model.safetensors or, where they take more than `shard`
@@ -279,7 +265,6 @@ def save_weights(folder, tensors, shard=2 << 30):
     for i, name in enumerate(final if len(parts) > 1 else ["model.safetensors"][:len(parts)]):
         os.replace(folder / f"part{i}", folder / name)
 
-
 def weight_files(folder):
     """The safetensors files of a checkpoint's folder, one or several"""
     index = Path(folder) / "model.safetensors.index.json"
@@ -287,7 +272,6 @@ def weight_files(folder):
         return [Path(folder) / "model.safetensors"]
     names = json.loads(index.read_text())["weight_map"].values()
     return [Path(folder) / name for name in sorted(set(names))]
-
 
 def write_checkpoint(folder, tensors, meta, files):
     """Make a folder of weights ((name, tensor) pairs), config.json (meta) and files: name -> text,
@@ -299,13 +283,12 @@ def write_checkpoint(folder, tensors, meta, files):
             (folder / name).write_text(content)
         elif isinstance(content, Path):
             try:
-                os.link(content, folder / name)
+                os.link(os.path.realpath(content), folder / name)
             except OSError:
                 shutil.copyfile(content, folder / name)
         else:
             save_file({n: tensor.contiguous() for n, tensor in content}, folder / name)
     (folder / "config.json").write_text(json.dumps(meta, indent=1))
-
 
 def save_checkpoint(out, step, weights, meta, files=None, state=None):
     """Write OUT/step_00000123 whole or not at all, point OUT/latest at it, drop earlier ones.
@@ -325,13 +308,11 @@ def save_checkpoint(out, step, weights, meta, files=None, state=None):
             shutil.rmtree(old)
     return final
 
-
 def latest(path):
     """A run's folder -> its newest checkpoint's; any other path as it is"""
     path = Path(path)
     mark = path / "latest"
     return path / mark.read_text().strip() if mark.is_file() else path
-
 
 def open_checkpoint(path, option, stages):
     """A run's folder or a checkpoint's own -> the checkpoint's, and meta (config.json).  Refuses,
@@ -347,13 +328,11 @@ def open_checkpoint(path, option, stages):
         fail(f"--{option} {path}: holds stage {meta['stage']!r}, expected {' or '.join(stages)}")
     return path, meta
 
-
 def load_checkpoint(path, option, stages):
     """-> weights (name -> tensor), meta.  Refuses as open_checkpoint does."""
     path, meta = open_checkpoint(path, option, stages)
     with refuse(f"--{option} {path}: unreadable checkpoint", (OSError, SafetensorError)):
         return {n: t for file in weight_files(path) for n, t in load_file(file).items()}, meta
-
 
 def fingerprint(path):
     """12 hex digits that name the weights of a run's newest checkpoint"""
@@ -363,7 +342,6 @@ def fingerprint(path):
             while block := file.read(1 << 24):
                 digest.update(block)
     return digest.hexdigest()[:12]
-
 
 class Run:
     """The output folder of a stage: metrics.jsonl, a progress bar, checkpoints, resuming.

@@ -34,7 +34,6 @@ from model import LAQ, VLA, VOCABULARIES, VQGAN, LAQConfig, VLAConfig, VQGANConf
 DTYPES = {"float32": (np.float32, torch.float32), "bfloat16": (np.uint16, torch.bfloat16),
           "float16": (np.float16, torch.float16)}
 
-
 @dataclass
 class ConvertConfig:
     source: list  # official files: params, vqgan, *.model, *.pt, *.csv, *.safetensors or a folder
@@ -46,12 +45,10 @@ class ConvertConfig:
     image_size: int = 0  # pixels; 0: 256, or of a LAQ eight patches a side
     window: float = 0.6  # LAQ: seconds between the frames it was trained on (not in the file)
 
-
 def rename(name, table):
     for pattern, theirs in table:
         name = re.sub(pattern, theirs, name)
     return name
-
 
 def matched(kind, config, source, official):
     """Strictly pair the tensors of a model with a source of weights -> (name, read) pairs.
@@ -69,14 +66,15 @@ def matched(kind, config, source, official):
         raise ValueError(problems)
     return pairs
 
-
 def sizes(source, table):
-    """{field: (their name, axis)} -> {field: size of that axis}, for a configuration"""
-    for name, axis in table.values():
-        if not -1 <= axis < len(source.get(name, ((),))[0]):
-            raise ValueError(f"missing: {name}, or an axis of it")
-    return {field: source[name][0][axis] for field, (name, axis) in table.items()}
-
+    """{field: [(their name, axis)..]} -> {field: size}, for a configuration.  A size is read off
+    several tensors, so that one that is wrong is outvoted, and then refused by `matched`."""
+    found = {field: [source[name][0][axis] for name, axis in places
+                     if axis < len(source.get(name, ((),))[0])] for field, places in table.items()}
+    for field, places in table.items():
+        if not found[field]:
+            raise ValueError(f"missing: {places[0][0]}")
+    return {field: mode(values) for field, values in found.items()}
 
 def count(source, pattern):
     """How many different numbers the group of `pattern` takes at the start of their names"""
@@ -101,7 +99,6 @@ HUGGING_SETTINGS = {  # ours -> Hugging Face's
     "text_vocab": "vocab_size", "dim": "hidden_size", "mlp": "intermediate_size",
     "layers": "num_hidden_layers", "heads": "num_attention_heads", "rms_eps": "rms_norm_eps",
     "rope_theta": "rope_theta"}
-
 
 class Messages:
     """msgpack values in a file.  What bin and ext forms carry is not read but told as a `range` of
@@ -144,17 +141,17 @@ class Messages:
         self.file.seek(start + n)
         return range(start, start + n)
 
-
 def read_stream(path):
     """Walk a params file (formats section 1) -> {name: (dims, dtype's name, byte ranges)}.
 
     Raises ValueError that names the tensor where the file is cut short or holds something else."""
-    found, name = {}, "number 0"
+    found, twice, name = {}, [], "the beginning"
     with open(path, "rb") as file:
         stream, end = Messages(file), 0
         try:
             while end < stream.size:
                 file.seek(end)
+                name = f"behind {name}"
                 if stream.take(1) != b"\x92":  # an array of two: key and blob
                     raise ValueError
                 key = stream.read()
@@ -165,8 +162,9 @@ def read_stream(path):
                     continue
                 value = stream.read(blob)
                 if isinstance(value, dict):
-                    dims, parts = list(value["shape"].values()), list(value["chunks"].values())
-                    arrays = [stream.read(part) for part in parts]
+                    in_order = lambda table: [table[str(i)] for i in range(len(table))]
+                    dims = in_order(value["shape"])
+                    arrays = [stream.read(part) for part in in_order(value["chunks"])]
                 else:
                     arrays = [stream.read(value)]
                     dims = arrays[0][0]
@@ -174,13 +172,16 @@ def read_stream(path):
                 size = math.prod(dims) * np.dtype(DTYPES[dtype][0]).itemsize
                 if sum(map(len, pieces)) != size:
                     raise ValueError
-                found[re.sub("^(params/)+", "", name)] = tuple(dims), dtype, pieces
+                short = re.sub("^(params/)+", "", name)
+                twice += [short] * (short in found)
+                found[short] = tuple(dims), dtype, pieces
         except EOFError:
             raise ValueError(f"cut short in tensor {name}") from None
         except (ValueError, TypeError, LookupError, AttributeError):
-            raise ValueError(f"tensor {name}, or what follows it: not a params stream") from None
+            raise ValueError(f"tensor {name}: not a params stream") from None
+    if twice or not found:
+        raise ValueError(f"{', '.join(twice)}: more than once" if twice else "holds no tensor")
     return found
-
 
 def read_pieces(path, dims, dtype, pieces, layer=None):
     """One tensor of a params file, or one layer of it, without reading the others"""
@@ -195,7 +196,6 @@ def read_pieces(path, dims, dtype, pieces, layer=None):
             done += file.readinto(need[done:done + len(part)])
     return torch.from_numpy(flat).view(ours).reshape(dims if layer is None else dims[1:])
 
-
 def official_name(name, shape, scanned=0):
     """Our VLA's tensor in a params stream, where kernels are (in, out) and, if scanned, the layers
     (their number) lie in one tensor -> as `matched` wants it"""
@@ -207,21 +207,27 @@ def official_name(name, shape, scanned=0):
         layer, shape = int(at[1]), (scanned, *shape)
     return theirs, shape, lambda read: read(layer).t() if turned else read(layer)
 
-
-def vla_config(source, official, c, scanned=1, **known):
-    """Shape of a VLA, read off its tensors: where one of several is wrong the others outvote it"""
+def vla_config(source, official, c, needed, scanned=1, **known):
+    """Shape of a VLA with vocabularies `needed`, read off its tensors, which outvote a wrong one"""
     numbers = lambda ours: math.prod(source.get(official(ours, (0, 0))[0], ((0,),))[0])
     dim = mode(shape[-1] for shape, _ in source.values() if shape)
     heads = c.heads or known.get("heads") or dim // 128
     if not heads or dim % heads:
         raise ValueError(f"width {dim} does not divide into {heads} heads: pass --heads")
     for kind in VOCABULARIES:
-        known[f"{kind}_vocab"] = max(numbers(f"{kind}_embed.weight"),
-                                     numbers(f"{kind}_head.weight")) // dim
+        both = [f"{kind}_{part}.weight" for part in ("embed", "head")]
+        first, second = (numbers(name) // dim for name in both)
+        known[f"{kind}_vocab"] = first or second
+        both = " and ".join(official(name, (0, 0))[0] for name in both)
+        if first and second and first != second:
+            raise ValueError(f"wrong shape: {both} are of {first} and {second} entries")
+        if kind in needed and not first and not second:
+            raise ValueError(f"missing: {both}")
+    if not known["layers"]:
+        raise ValueError(f"missing: {official('layers.0.w1.weight', (0, 0))[0]}")
     mlp = mode(numbers(f"layers.0.w{i}.weight") for i in (1, 2, 3)) // dim // scanned
     return VLAConfig(**{"rope_theta": c.rope_theta, "image_size": c.image_size or 256, **known,
                         "dim": dim, "heads": heads, "mlp": mlp})
-
 
 def from_stream(path, c):
     """A params file -> its VLA's shape, and matched tensors"""
@@ -230,7 +236,8 @@ def from_stream(path, c):
     layers = [shape[0] for name, (shape, _) in source.items() if "/scan_decoder/" in name and shape]
     scanned = mode(layers) if layers else 0
     official = partial(official_name, scanned=scanned)
-    config = vla_config(source, official, c, scanned or 1, rounded_rope=c.rounded_rope,
+    config = vla_config(source, official, c, VOCABULARIES[:2], scanned or 1,
+                        rounded_rope=c.rounded_rope,
                         layers=scanned or count(source, r"transformer/h/(\d+)/"))
     return config, matched(VLA, config, source, official)
 
@@ -246,16 +253,17 @@ def hugging_name(name, shape, heads, back=True):
         return read().unflatten(0, pairs).transpose(1, 2).flatten(0, 2)
     return rename(name, HUGGING_KEYS), shape, take
 
-
 def safetensors_source(path):
     """The tensors of a safetensors file, or of all in a folder"""
     source, read = {}, lambda path, name: safe_open(path, "pt").get_tensor(name)
     for path in common.weight_files(path) if path.is_dir() else [path]:
-        with safe_open(path, "pt") as file:
-            source |= {name: (tuple(file.get_slice(name).get_shape()), partial(read, path, name))
-                       for name in file.keys()}
+        try:
+            file = safe_open(path, "pt")
+        except SafetensorError as error:
+            raise ValueError(f"{path.name}: {error}") from None
+        source |= {name: (tuple(file.get_slice(name).get_shape()), partial(read, path, name))
+                   for name in file.keys()}
     return source
-
 
 def from_hugging(path, c):
     """A folder or file in Hugging Face's layout (LWM-Text) -> a VLA of text alone, as above"""
@@ -263,12 +271,12 @@ def from_hugging(path, c):
               if not name.endswith("rotary_emb.inv_freq")}  # a buffer of old exports
     settings = path / "config.json"
     settings = json.loads(settings.read_text()) if settings.is_file() else {}
+    settings |= settings.get("rope_parameters") or {}  # since transformers 5
     known = {ours: settings[HUGGING_SETTINGS[ours]] for ours in ("heads", "rms_eps", "rope_theta")
              if HUGGING_SETTINGS[ours] in settings}
-    config = vla_config(source, partial(hugging_name, heads=0), c, patch_size=0,
+    config = vla_config(source, partial(hugging_name, heads=0), c, VOCABULARIES[:1], patch_size=0,
                         layers=count(source, r"model\.layers\.(\d+)\."), **known)
     return config, matched(VLA, config, source, partial(hugging_name, heads=config.heads))
-
 
 def to_hugging(folder, out):
     """The text part of a VLA checkpoint -> what transformers.LlamaForCausalLM loads"""
@@ -297,12 +305,10 @@ VQGAN_KEYS = (  # ours -> official
     (r"/(\d+)\.", r"/ResnetBlock_\1/"), (r"norm(\d)\.weight", r"norm\1/scale"),
     (r"norm(\d)", r"GroupNorm_\1"), (r"\.weight$", "/kernel"), (r"\.bias$", "/bias"))
 
-
 def rebuild_jax_array(make, arguments, state, _=None):
     array = make(*arguments)
     array.__setstate__(state)
     return array
-
 
 class ArraysOnly(pickle.Unpickler):
     """Builds dictionaries of numpy arrays and nothing else; anything else is refused by name"""
@@ -322,7 +328,6 @@ class ArraysOnly(pickle.Unpickler):
             raise pickle.UnpicklingError(f"it wants to run {full}, which is not allowed")
         return self.ALLOWED[full]
 
-
 def read_pickle(path):
     """A pickled nested dictionary of arrays -> {"encoder/Conv_0/kernel": array}"""
     def flatten(tree, at=()):
@@ -341,7 +346,6 @@ def read_pickle(path):
         raise ValueError(f"not a whole pickle of arrays: {error}") from None
     return {re.sub("^params/", "", name): array for name, array in tree.items()}
 
-
 def official_vqgan_name(name, shape):
     """Our VQGAN's tensor in the pickle, where convolutions are (height, width, in, out)"""
     theirs = rename(name, VQGAN_KEYS)
@@ -349,15 +353,19 @@ def official_vqgan_name(name, shape):
         return theirs, (*shape[2:], shape[1], shape[0]), lambda read: read().permute(3, 2, 0, 1)
     return theirs, shape, lambda read: read()
 
-
 def from_vqgan(path, c):
     """LWM's pickled image tokenizer -> its shape, and matched tensors"""
     source = {name: (tuple(a.shape), lambda a=a: a) for name, a in read_pickle(path).items()}
-    level, first = "encoder/DownsamplingBlock_", "/ResnetBlock_0/Conv_0/kernel"
+    level, first = "encoder/DownsamplingBlock_", "/ResnetBlock_0/"
     found = sizes(source, {
-        "hidden": ("encoder/Conv_0/kernel", 3), "z_channels": ("encoder/Conv_1/kernel", 3),
-        "codebook_size": ("quantize/embeddings", 0), "quant_dim": ("quantize/embeddings", 1)})
-    widths = sizes(source, {i: (f"{level}{i}{first}", 3)
+        "hidden": [("encoder/Conv_0/kernel", 3), ("encoder/Conv_0/bias", 0),
+                   (f"{level}0{first}GroupNorm_0/scale", 0)],
+        "z_channels": [("encoder/Conv_1/kernel", 3), ("encoder/Conv_1/bias", 0),
+                       ("quant_conv/kernel", 2)],
+        "quant_dim": [("quantize/embeddings", 1), ("quant_conv/kernel", 3), ("quant_conv/bias", 0)],
+        "codebook_size": [("quantize/embeddings", 0)]})
+    widths = sizes(source, {i: [(f"{level}{i}{first}{part}", axis) for part, axis in
+                                (("Conv_0/kernel", 3), ("Conv_0/bias", 0), ("Conv_1/bias", 0))]
                             for i in range(count(source, rf"{level}(\d+)/"))})
     config = VQGANConfig(image_size=c.image_size or 256, **found,
                          blocks=count(source, rf"{level}0/ResnetBlock_(\d+)/"),
@@ -382,27 +390,31 @@ LAQ_KEYS = (  # ours -> official
     (r"^quantizer\.codebook$", "vq.codebooks"), (r"^quantizer\.cnn\.", "vq.cnn_encoder."),
     (r"^quantizer\.", "vq."))
 
-
 def from_laq(path, c):
     """Official LAQ file (with or without the `module.` prefix) -> its shape, and matched tensors.
 
     --image_size defaults to the 8 patches a side that codes of length 1, 2 and 4 need."""
-    source = {}
-    for name, tensor in read_torch(path).items():
-        if name.endswith(".beta"):
-            if tensor.any():
-                raise ValueError(f"{name}: expected zeros (a LayerNorm without bias)")
-        elif tensor.numel():  # self-attention carries null_kv of size zero
-            source[name.removeprefix("module.")] = tuple(tensor.shape), tensor.float
+    state = {name.removeprefix("module."): t for name, t in read_torch(path).items()}
+    beta = {name: t for name, t in state.items() if name.endswith(".beta")}  # zero buffers
+    source = {name: (tuple(t.shape), t.float) for name, t in state.items() if name not in beta
+              and not (name.endswith(".null_kv") and not t.numel())}  # of self-attention
+    embed, cross = "to_patch_emb_first_frame.", "dec_spatial_transformer.layers.0.2."
     found = sizes(source, {
-        "dim": ("to_patch_emb_first_frame.2.weight", 0), "codebook_size": ("vq.codebooks", 0),
-        "quant_dim": ("vq.codebooks", 1), "heads": ("spatial_rel_pos_bias.net.2.weight", 0),
-        "dim_head": ("enc_spatial_transformer.layers.0.1.q_scale", 0),
-        "patch_size": ("to_patch_emb_first_frame.2.weight", 1)})
+        "dim": [(f"{embed}2.weight", 0), (f"{embed}2.bias", 0), (f"{embed}3.weight", 0)],
+        "patch_size": [(f"{embed}2.weight", 1), (f"{embed}1.weight", 0), (f"{embed}1.bias", 0)],
+        "codebook_size": [("vq.codebooks", 0)],
+        "quant_dim": [("vq.codebooks", 1), ("vq.project_in.weight", 0), ("vq.project_in.bias", 0)],
+        "heads": [("spatial_rel_pos_bias.net.2.weight", 0), ("spatial_rel_pos_bias.net.2.bias", 0),
+                  (f"{cross}null_kv", 0)],
+        "dim_head": [(f"{cross}{part}", 0) for part in ("q_scale", "k_scale")] + [
+                     ("enc_spatial_transformer.layers.0.1.q_scale", 0)]})
     patch = found["patch_size"] = math.isqrt(found["patch_size"] // 3)
     depth = lambda part: count(source, rf"{part}_transformer\.layers\.(\d+)\.")
     grid = c.image_size // patch or 8
-    kernel = source.get("vq.cnn_encoder.2.weight", ((),))[0][2:]  # of the second convolution
+    second = "vq.cnn_encoder.2."  # convolution
+    kernel = source.get(f"{second}weight", ((),))[0][2:]
+    if len(kernel) != 2 and f"{second}bias" in source:
+        raise ValueError(f"missing: {second}weight, or of a wrong shape")
     if not kernel and not c.image_size:
         raise ValueError("pass --image_size: the tensors of so long a code do not tell it")
     code_len = {(): math.ceil(grid / 2) ** 2, (4, 4): 1, (3, 4): 2}.get(
@@ -411,15 +423,26 @@ def from_laq(path, c):
         image_size=c.image_size or grid * patch, code_len=code_len, official_peg=True,
         official_code_read=True, spatial_depth=depth("enc_spatial"),
         temporal_depth=depth("enc_temporal"), decoder_depth=depth("dec_spatial"), **found)
+    print(f"{path}: {code_len} codes for {config.image_size} pixels (or pass --image_size)")
     source["vq.uses"] = (config.codebook_size,), partial(torch.zeros, config.codebook_size)  # ours
-    return config, matched(LAQ, config, source,
-                           lambda name, shape: (rename(name, LAQ_KEYS), shape, lambda read: read()))
-
+    pairs = matched(LAQ, config, source,
+                    lambda name, shape: (rename(name, LAQ_KEYS), shape, lambda read: read()))
+    problems = common.differences(
+        {name[:-5] + "beta": t.shape for name, t in state.items() if name.endswith("gamma")},
+        {name: t.shape for name, t in beta.items()})
+    if problems := problems or ", ".join(name for name, t in beta.items() if t.any()):
+        raise ValueError(f"{problems}: expected zeros for each gamma")
+    return config, pairs
 
 def read_torch(path):
     """A flat dictionary of tensors from torch.save or safetensors"""
-    state = load_file(path) if path.suffix == ".safetensors" else \
-        torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else \
+            torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a broken pickle can raise anything
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        raise ValueError(f"it wants {named[1]}, which is not allowed" if named else
+                         "not a file of tensors") from None
     if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
         raise ValueError("expected a flat dictionary of tensors")
     return state
@@ -456,48 +479,64 @@ def write(out, tensors, meta, files):
         common.write_checkpoint(draft, ((name, read()) for name, read in bar), meta, files)
     print(f"wrote {out}/: " + ", ".join(sorted(p.name for p in Path(out).iterdir())))
 
-
 def kind_of(path):
     """What an official file holds: vqgan, stream, hugging, laq, tokenizer or edges"""
     if path.is_dir() or path.suffix == ".safetensors":
         return "laq" if any("vq." in name for name in safetensors_source(path)) else "hugging"
-    if path.suffix in (".model", ".json", ".csv"):
-        return "edges" if path.suffix == ".csv" else "tokenizer"
+    known = {".model": "tokenizer", ".json": "tokenizer", ".csv": "edges", ".pt": "laq"}
+    if path.suffix in known:
+        return known[path.suffix]
     with open(path, "rb") as file:
-        return {b"P": "laq", b"\x80": "vqgan"}.get(file.read(1), "stream")
+        return {b"P": "laq", b"\x92": "stream"}.get(file.read(1), "vqgan")
 
+def read_edges(path):
+    """Official csv of bin edges: one row a dimension, columns 0..n, short rows end early"""
+    head, *rows = path.read_text().splitlines()
+    edges = [[float(cell) for cell in row.split(",")[head.startswith(","):] if cell]
+             for row in rows]  # a nameless first column numbers the rows
+    for i, row in enumerate(edges):
+        if not row or not all(map(math.isfinite, row)) or row != sorted(set(row)):
+            raise ValueError(f"row {i}: expected edges in increasing order")
+    return edges
 
 def convert(c):
-    meta, tensors, files = {"step": 0}, [], {}
+    meta, models, files = {"step": 0}, {}, {}
     if Path(c.out).exists():
         common.fail(f"{c.out} exists: remove it or choose another folder")
-    if c.to not in ("", "hf"):
-        common.fail(f"--to {c.to!r}: expected hf, or nothing")
-    broken = ValueError, OSError, RuntimeError, SafetensorError, pickle.UnpicklingError
+    if c.to not in ("", "hf") or c.to and len(c.source) > 1:
+        common.fail(f"--to {c.to}: expected hf, and one checkpoint")
+    broken = ValueError, TypeError, LookupError, OSError, RuntimeError, SafetensorError
     for path in map(Path, c.source):
         with common.refuse(f"{path}", broken):
             if c.to == "hf":
                 return to_hugging(path, c.out)
             kind = kind_of(path)
             if kind == "laq":
-                config, tensors = from_laq(path, c)
+                config, models[path] = from_laq(path, c)
                 meta |= {"stage": "quantize", "window": c.window, "model": asdict(config)}
             elif kind == "vqgan":
-                config, pairs = from_vqgan(path, c)
+                vqgan, pairs = from_vqgan(path, c)
+                meta["vqgan"] = asdict(vqgan)
                 files["vqgan.safetensors"] = [(name, read()) for name, read in pairs]
-                meta = {"stage": "vqgan", "vqgan": asdict(config)} | meta
             elif kind in ("stream", "hugging"):
-                config, tensors = (from_stream if kind == "stream" else from_hugging)(path, c)
+                config, models[path] = (from_stream if kind == "stream" else from_hugging)(path, c)
                 meta |= {"stage": "finetune" if config.action_vocab else "pretrain", "labels":
                          "official", "template": data.OFFICIAL_TEMPLATE, "model": asdict(config)}
+                files |= {p.name: p for p in path.glob("tokenizer.json")}
             elif kind == "tokenizer":
                 files["tokenizer.json"] = path if path.suffix == ".json" else tokenizer_from(path)
             else:
-                rows = path.read_text().splitlines()[1:]  # one a dimension; short ones end early
-                meta["bins"] = [[float(cell) for cell in row.split(",") if cell] for row in rows]
+                meta["bins"] = read_edges(path)
+    if len(models) > 1 or not models and "vqgan" not in meta:
+        common.fail(f"{' '.join(c.source)}: expected one model among them, found {len(models)}")
+    meta = {"stage": "vqgan", "model": {}} | meta
+    if "vqgan" in meta and models:
+        meta["model"]["patch_size"] = 2 ** (len(meta["vqgan"]["multipliers"]) - 1)
+    most = max(map(len, meta.get("bins", [[]])), default=0) - 1
+    if "bins" in meta and not 0 <= most <= meta["model"].get("action_vocab", 0):
+        common.fail(f"{' '.join(c.source)}: {most} action bins do not fit the model")
     with common.refuse(f"{c.out}", broken):
-        write(c.out, tensors, meta, files)
-
+        write(c.out, next(iter(models.values()), []), meta, files)
 
 if __name__ == "__main__":
     convert(common.parse_options(ConvertConfig, sys.argv[1:], positional=("source", "out"),

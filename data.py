@@ -59,7 +59,6 @@ class Episode:
     key: str = ""  # of the frames in the cache
     codes: np.ndarray = None  # uint16 [T, N] of a VQGAN, where the model reads those
 
-
 @dataclass
 class Dataset:
     path: Path
@@ -79,14 +78,12 @@ class Dataset:
             fail(f"{self.path}: nothing left after holding out {len(late)} episodes (--held_out)")
         return train, [e for e in self.episodes if e.id in late]
 
-
 def labelled_few(episodes, count, seed):
     """The `count` episodes whose action labels finetuning (and VPT) may use, drawn by seed"""
     known = [e for e in episodes if e.actions is not None]
     if len(known) < count:
         fail(f"--labelled {count}: only {len(known)} episodes with actions are left to learn from")
     return [known[i] for i in np.random.default_rng(seed).permutation(len(known))[:count]]
-
 
 def open_dataset(path, size, where="", actions_needed=False, official=False):
     """Validate a dataset and open it at size x size pixels; exits with every defect listed.
@@ -127,7 +124,6 @@ def open_dataset(path, size, where="", actions_needed=False, official=False):
         fail(f"{len(problems)} defects in {path}\n  {shown}" if problems[1:] else shown)
     return Dataset(path, hashlib.sha256(index.read_bytes()).hexdigest()[:12], episodes)
 
-
 def _read_rows(index):
     """-> rows that are JSON objects, and the defects that need no decoding"""
     rows, problems = {}, []
@@ -150,13 +146,11 @@ def _read_rows(index):
             rows[row["id"]] = row
     return list(rows.values()), problems
 
-
 def _inside(root, text):
     """A relative path that stays inside the dataset, or None"""
     if isinstance(text, str) and text and not os.path.isabs(text) and ".." not in Path(text).parts:
         return root / text
     return None
-
 
 def _load_episode(root, row, size, actions_needed, official, bad):
     """-> Episode; appends "field: text" to `bad` for each defect"""
@@ -193,7 +187,6 @@ def _load_episode(root, row, size, actions_needed, official, bad):
         bad.append("actions: missing, and this stage needs labelled episodes")
     return None if bad else Episode(row["id"], instruction.strip(), float(fps), row, frames,
                                     actions, key)
-
 
 def _load_actions(root, text, T, bad):
     path = _inside(root, text)
@@ -248,15 +241,12 @@ def cached_frames(video, size, official=False):
     with LOADING:
         return np.load(cached, mmap_mode="r"), key
 
-
 def _cache(kind, key):
     return Path(os.environ.get("LAPA_CACHE", ".cache")) / kind / f"{key}.npy"
-
 
 def resize(frame, size):
     """uint8 [H, W, 3] -> [size, size, 3]: PIL bilinear, antialiased (official LAQ preprocessing)"""
     return np.asarray(Image.fromarray(frame).resize((size, size), Image.BILINEAR))
-
 
 def official_resize(frame, size):
     """uint8 [H, W, 3] -> [size, size, 3]: the longest side to `size`, then to the square, each as
@@ -274,7 +264,6 @@ def official_resize(frame, size):
         frame = ((x + 2) >> 2).astype(np.uint8)
     return frame
 
-
 @lru_cache
 def _ffmpeg():
     """-> ffmpeg, and its option that hands every frame over once; versions before 5.1 differ"""
@@ -284,7 +273,6 @@ def _ffmpeg():
         raise ValueError(FFMPEG_HINT) from None
     known = subprocess.run([program, "-hide_banner", "-h", "long"], capture_output=True).stdout
     return program, "-fps_mode" if b"-fps_mode" in known else "-vsync"
-
 
 def _decode(video):
     """Yield the frames uint8 [H, W, 3] of a video file; ffmpeg hands them over as PPM pictures."""
@@ -307,30 +295,33 @@ def _decode(video):
     if process.returncode or complaint:
         raise ValueError((complaint or f"ffmpeg exit code {process.returncode}").splitlines()[-1])
 
-
 def _probe_fps(video):
     text = subprocess.run([_ffmpeg()[0], "-nostdin", "-i", str(video)], capture_output=True).stderr
     found = re.search(rb"([\d.]+) fps", text)
     return float(found[1]) if found else None
 
-
 def to_float(frames):
     """uint8 [.., H, W, 3] -> float32 tensor [.., 3, H, W] in [0, 1]"""
     return torch.from_numpy(np.ascontiguousarray(frames)).movedim(-1, -3).float() / 255
 
-
-def load_vqgan(path, option, device):
-    """The image tokenizer in a checkpoint's folder -> VQGAN, frozen; its `file` is on disk"""
-    folder = latest(path)
-    try:
+def load_vqgan(path, option, device, shape):
+    """The image tokenizer beside a VLA of that shape (its config) -> VQGAN, frozen, with its `file`
+    on disk; None for a VLA that reads linear patches.  Refuses one that reads no images."""
+    folder, patch = latest(path), shape["patch_size"]
+    if not patch:
+        fail(f"--{option} {folder}: a model of text alone, it reads no images")
+    if not shape["vision_vocab"]:
+        return None
+    with refuse(f"--{option} {folder}: expected a VQGAN, as convert.py puts it beside a model",
+                (KeyError, TypeError, OSError, ValueError, SafetensorError)):
         vqgan = VQGAN(VQGANConfig(**json.loads((folder / "config.json").read_text())["vqgan"]))
         vqgan.file = folder / "vqgan.safetensors"
         load_strictly(vqgan, load_file(vqgan.file))
-    except (KeyError, TypeError, OSError, ValueError, SafetensorError) as error:
-        fail(f"--{option} {folder}: expected a VQGAN there, since images are read as its codes; "
-             f"convert.py puts one beside a model: {error!r}")
+        found = 2 ** (len(vqgan.config.multipliers) - 1), vqgan.config.codebook_size
+        if found[0] != patch or not found[1] <= END_OF_IMAGE < shape["vision_vocab"]:
+            raise ValueError(f"{found[1]} codes for {found[0]} pixels each do not fit a model of "
+                             f"{shape['vision_vocab']} for {patch}")
     return vqgan.to(device).eval()
-
 
 def add_codes(episodes, vqgan, processes):
     """Give episodes the codes of their frames, uint16 [T, N] memory-mapped: made once, beside the
@@ -348,13 +339,11 @@ def add_codes(episodes, vqgan, processes):
     for e in episodes:
         e.codes = np.load(path(e), mmap_mode="r")
 
-
 def put_codes(tokens, kinds, codes):
     """tokens, kinds [B, L], codes [B, N] -> tokens with codes and END_OF_IMAGE where vision is"""
     image = torch.cat((codes, torch.full_like(codes[:, :1], END_OF_IMAGE)), dim=1)
     vision = kinds == VISION
     return torch.where(vision, image.gather(1, (vision.cumsum(1) - 1).clamp(min=0)), tokens)
-
 
 def augment(batch, share, vqgan, *part):
     """Move a batch's pictures by random offsets (wherever a camera looks, the motion is the same);
@@ -373,11 +362,9 @@ def window_frames(seconds, fps):
     """A window in seconds -> H in whole frames of an episode, at least 1 (0.6 s at 5 fps: 3)"""
     return max(1, int(seconds * fps + 0.5))
 
-
 def future_index(t, length, h):
     """x_{t+H}, clamped to the last frame at the end of an episode (code)"""
     return np.minimum(np.asarray(t) + h, length - 1)
-
 
 def frame_pairs(episodes, which, window):
     """which [(episode index, t), ..] -> uint8 [B, 2, S, S, 3]: x_t and x_{t+H}"""
@@ -385,14 +372,12 @@ def frame_pairs(episodes, which, window):
         return e.frames[[t, future_index(t, len(e.frames), window_frames(window, e.fps))]]
     return np.stack([pair(episodes[e], t) for e, t in which])
 
-
 def draw(seed, step, batch, lengths):
     """`batch` random (clip, frame) pairs, a pure function of (seed, step): a random frame of a
     random clip, as the official code draws them. lengths: frames of each clip."""
     rng = np.random.default_rng((seed, step))
     clips = rng.integers(len(lengths), size=batch)
     return [(int(e), int(rng.random() * lengths[e])) for e in clips]
-
 
 def stream(make, start, stop, workers=1, ahead=3):
     """Yield make(step) for step in start..stop-1, prepared in the background, always in order."""
@@ -403,7 +388,6 @@ def stream(make, start, stop, workers=1, ahead=3):
                 waiting.append(pool.submit(make, step))
             if step >= start + ahead:
                 yield waiting.popleft().result()
-
 
 def random_shift(pictures, share, batch=None, mine=slice(None)):
     """Move the pictures of each row [B, .., H, W] by one random offset of up to `share` of their
@@ -426,7 +410,6 @@ def save_labels(path, labels, meta):
     with atomically(path) as draft:
         save_file(packed, draft, {"meta": json.dumps(meta)})
 
-
 def load_labels(path, dataset, episodes):
     """-> list of int64 [T, K], one an episode, and the labels' meta.  Refuses another dataset's."""
     with refuse(f"{path}: no labels there (make them with quantize.py label)",
@@ -443,7 +426,6 @@ def load_labels(path, dataset, episodes):
                  f"{len(e.frames)}")
     return [found[e.id] for e in episodes], meta
 
-
 def fit_bins(actions, bins=256, binary=""):
     """Edges of up to `bins` bins of equal count a dimension (paper 3.3), as pandas' qcut cuts them.
 
@@ -456,13 +438,11 @@ def fit_bins(actions, bins=256, binary=""):
     return [np.array([-0.5, 0.5, 1.5]) if str(a) in two else
             np.unique(np.quantile(actions[:, a].astype(np.float64), grid)) for a in range(A)]
 
-
 def to_bins(actions, edges):
     """float [.., A] -> int64 [.., A]: the bin whose left edge is the last one <= the value; values
     outside fall into the end bins, since only the inner edges count"""
     columns = [np.searchsorted(e[1:-1], actions[..., a], side="right") for a, e in enumerate(edges)]
     return np.stack(columns, -1).astype(np.int64)
-
 
 def from_bins(indices, edges):
     """int [.., A] -> float64 [.., A]: the middle of each bin; past the last bin counts as last"""
@@ -478,7 +458,6 @@ OFFICIAL_TEMPLATE = ("<s> You are a helpful assistant. USER: What action should 
 TAGS = {LATENT: ("<delta>", "</delta>"), ACTION: ("<action>", "</action>"), TEXT: ("", "")}
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<vision>", "</vision>", *TAGS[LATENT], *TAGS[ACTION]]
 
-
 def train_tokenizer(texts):
     """A word-level tokenizer over all words of `texts`, lower case; tags are words of their own"""
     tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
@@ -488,7 +467,6 @@ def train_tokenizer(texts):
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
-
 def dataset_tokenizer(dataset):
     """DATASET/tokenizer.json where there is one, else words of the dataset's own instructions"""
     if (dataset.path / "tokenizer.json").is_file():
@@ -496,13 +474,11 @@ def dataset_tokenizer(dataset):
     return train_tokenizer([text for e in dataset.episodes
                             for text in (e.instruction, *e.info.get("captions", ()))])
 
-
 def read_tokenizer(folder):
     """tokenizer.json of a dataset or of a checkpoint of stage 2 or 3, in the library's format"""
     path = latest(folder) / "tokenizer.json"
     with refuse(f"{path}: no tokenizer", Exception):  # the library raises nothing more precise
         return Tokenizer.from_file(str(path))
-
 
 def opening_tags(tokenizer):
     """Vocabulary -> the token behind which its answers begin; refuses a tokenizer that spells it"""
@@ -510,7 +486,6 @@ def opening_tags(tokenizer):
     if None in tags.values():
         fail("--like_tag: the tokenizer has no token for <delta> or <action>")
     return tags
-
 
 class Sequences:
     """Instruction + image + answer -> one row of tokens (official layout, formats section 5).
@@ -599,7 +574,6 @@ class TabletopOptions:
     size: int = 64  # pixels
     seed: int = 0
 
-
 def make_tabletop(options):
     """Write the built-in dataset: whole, or not at all."""
     out = Path(options.out)
@@ -614,7 +588,6 @@ def make_tabletop(options):
         train_tokenizer(tabletop.vocabulary()).save(str(draft / "tokenizer.json"))
     videos = {row["video"]: row["frames"] for row in rows}
     print(f"wrote {out}: {len(rows)} episodes, {sum(videos.values())} frames")
-
 
 if __name__ == "__main__":
     command, rest = sys.argv[1:2], sys.argv[2:]

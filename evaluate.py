@@ -24,7 +24,6 @@ import data
 import tabletop
 from model import ACTION, LATENT, VLA, VLAConfig
 
-
 @dataclass(kw_only=True)
 class EvaluateConfig:
     policies: str  # name=finetune run, comma separated
@@ -58,8 +57,7 @@ class Policy:
         self.length = len(self.edges) or meta.get("code_len", 4 if self.kind == LATENT else 7)
         if self.kind not in self.model.heads():
             common.fail(f"--{option} {path}: predicts neither latent nor robot actions")
-        self.vqgan = data.load_vqgan(path, option, self.device) \
-            if self.model.config.vision_vocab else None
+        self.vqgan = data.load_vqgan(path, option, self.device, meta["model"])
 
     @torch.inference_mode()
     def __call__(self, images, instructions):
@@ -73,7 +71,6 @@ class Policy:
         answer = self.model.generate(tokens, kinds, pictures, valid, self.kind, self.length)
         answer = answer.cpu().numpy()
         return data.from_bins(answer, self.edges) if self.edges else answer
-
 
 def open_policies(text):
     """"LAPA=runs/a,RANDOM=random" -> {name: Policy, "expert" or "random"}; refuses what has no
@@ -110,12 +107,10 @@ def rollout(policy, c, split, first, count):
         film.append(obs["image"][:c.film])
     return info["success"], info["family"], np.stack(film, 1), obs["instruction"]
 
-
 def share(success):
     """Successes bool [n] -> percentage and its binomial standard error"""
     p, n = float(np.mean(success)), len(success)
     return {"success": round(100 * p, 2), "se": round(100 * (p * (1 - p) / n) ** 0.5, 2), "n": n}
-
 
 def evaluate(c):
     policies = open_policies(c.policies)
@@ -148,7 +143,6 @@ def evaluate(c):
         draw_film(films, files[2])
     print("wrote", ", ".join(map(str, files if c.film else files[:2])))
 
-
 def markdown(runs):
     """Results of one or more seeds, [{arm: {split: row}}], as a table: success % and, of one seed,
     its binomial standard error and the families; of several, the standard error of their mean"""
@@ -170,7 +164,6 @@ def markdown(runs):
     lines += ["| " + " | ".join([name.replace("_", " "), *(cell(name, *c) for c in columns)]) + " |"
               for name in runs[0]]
     return "\n".join(lines) + "\n"
-
 
 def draw_film(films, path, size=150, head=42):
     """films: policy -> frames [n, T, S, S, 3], instructions, successes.  An animated GIF: one row a
@@ -200,7 +193,6 @@ class PredictConfig:
     image: str  # picture file
     instruction: str  # what the robot is told
 
-
 def predict(c):
     """Print the latent action, or the robot's, for one picture and instruction"""
     try:
@@ -212,12 +204,10 @@ def predict(c):
     what = "latent action" if policy.kind == LATENT else "action" if policy.edges else "action bins"
     print(f"{what}: {answer.tolist()} ({time.time() - began:.3f} s)")
 
-
 @dataclass(kw_only=True)
 class TableConfig:
     results: str  # results.json files of the seeds, comma separated
     out: str  # Markdown file to write
-
 
 def table(c):
     """Mean success over seeds"""
@@ -227,7 +217,6 @@ def table(c):
         text = markdown(runs)
     common.write_atomically(c.out, text)
     print(text + f"wrote {c.out}")
-
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["predict"]:

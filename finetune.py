@@ -5,7 +5,10 @@ the robot's own: every dimension is cut into up to 256 bins of equal count, one 
 SCRATCH, the paper's baseline, is this stage alone, from the base model.
 
     python finetune.py --init_from runs/demo/pretrain --data data/tabletop \\
-        --where combination=seen --out runs/demo/finetune --preset tiny"""
+        --where combination=seen --out runs/demo/finetune --preset tiny                # laptop
+    python finetune.py --preset lapa --init_from lapa --data D --out O                 # one GPU
+    torchrun --nproc_per_node 8 finetune.py --preset lapa --init_from lapa --data D --out O
+"""
 
 import sys
 from dataclasses import dataclass
@@ -16,7 +19,6 @@ import torch
 import common
 import data
 from model import ACTION, VLA, VLAConfig
-
 
 @dataclass(kw_only=True)
 class FinetuneConfig(common.TrainConfig):
@@ -38,7 +40,6 @@ class FinetuneConfig(common.TrainConfig):
     log_every: int = 25  # steps
     save_every: int = 500  # steps between checkpoints; 0: only the last
 
-
 PRESETS = {
     "tiny": dict(labelled=100, soft_bins=8.0, steps=150, batch=64, lr=4e-4, head_lr=10.0, warmup=10,
                  final_lr=0.1, shift=0.0625, like_tag=True, freeze_table=True),
@@ -47,12 +48,10 @@ PRESETS = {
     "lapa": dict(length=384),
 }
 
-
 def loss_of(model, rows, soft):
     """Stage-3 loss (formats section 6): cross entropy of the action tokens.  -> loss, accuracy"""
     hidden = model(rows["tokens"], rows["kinds"], rows["images"])
     return model.answer_loss(hidden, rows, ACTION, soft)
-
 
 def choose_bins(c, meta, few):
     """-> bin edges, an array a dimension.  A body pretrained on actions (ACTIONVLA, VPT) keeps its
@@ -65,14 +64,12 @@ def choose_bins(c, meta, few):
                     f"trained on width {len(edges)}")
     return edges
 
-
 def train(c):
     processes = common.Processes()
     mine = processes.share(c.batch)
     weights, meta = common.load_checkpoint(c.init_from, "init_from", ("pretrain",))
     tokenizer, shape = data.read_tokenizer(c.init_from), meta["model"]
-    vqgan = data.load_vqgan(c.init_from, "init_from", processes.device) \
-        if shape["vision_vocab"] else None
+    vqgan = data.load_vqgan(c.init_from, "init_from", processes.device, shape)
     dataset = data.open_dataset(c.data, shape["image_size"], c.where, actions_needed=True,
                                 official=vqgan is not None)
     train_set, _ = dataset.split(c.held_out)
@@ -118,7 +115,6 @@ def train(c):
         norm = common.optimizer_step(optimizer, processes, c, step)
         run.end_step({"loss": loss.detach(), "accuracy": right, "grad_norm": norm})
     run.finish()
-
 
 if __name__ == "__main__":
     train(common.parse_options(FinetuneConfig, sys.argv[1:], PRESETS, "finetune.py [options]")[0])

@@ -45,12 +45,10 @@ class LAQConfig:
     def grid(self):
         return self.image_size // self.patch_size
 
-
 def patchify(frames, p):
     """[.., C, H, W] -> patches of p x p pixels [.., N, C p p]; each runs channel, row, column"""
     x = frames.unflatten(-1, (-1, p)).unflatten(-3, (-1, p))  # .. C g p g p
     return x.movedim((-4, -2), (-5, -4)).flatten(-3).flatten(-3, -2)
-
 
 class PEG(nn.Module):
     """Position encoding generator: a depth-wise 3x3x3 convolution, causal in time. [B, T, N, D]"""
@@ -75,7 +73,6 @@ class PEG(nn.Module):
                                     groups=D) for s in taps))
         out = torch.stack(out) + self.conv.bias[:, None, None]
         return out.permute(1, 0, 3, 4, 2).reshape(B, T, N, D)
-
 
 class Attention(nn.Module):
     """Cosine attention: unit queries and keys, a learned scale a channel, logits times 8."""
@@ -116,12 +113,10 @@ class Attention(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=8.0)
         return self.to_out(out.transpose(1, 2).flatten(2))
 
-
 class GEGLU(nn.Module):
     def forward(self, x):
         value, gate = x.chunk(2, dim=-1)
         return value * F.gelu(gate)
-
 
 class Layer(nn.Module):
     """x += PEG(x); x += attention(x); [x += cross(x)]; x += feed-forward(x)"""
@@ -134,7 +129,6 @@ class Layer(nn.Module):
         self.cross = Attention(dim, heads, dim_head, cross=True) if cross else None
         self.ff = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 2 * inner, bias=False), GEGLU(),
                                 nn.Linear(inner, dim, bias=False))
-
 
 class Transformer(nn.Module):
     """`depth` layers and a closing norm, attending over space or over time. [B, T, N, D]"""
@@ -163,7 +157,6 @@ class Transformer(nn.Module):
                 rows.unflatten(0, (B, T))
         return self.norm_out(x)
 
-
 class PositionBias(nn.Module):
     """Continuous position bias (Swin V2): an MLP over signed log distances. -> [1, heads, N, N]"""
 
@@ -183,7 +176,6 @@ class PositionBias(nn.Module):
         dy, dx = (at[:, None] - at[None] + g - 1).unbind(-1)  # N N
         return table[:, dy * (2 * g - 1) + dx][None]
 
-
 def code_cnn(grid, code_len, q):
     """The CNN that turns a grid of patches into `code_len` vectors (paper silent; code).
 
@@ -200,13 +192,11 @@ def code_cnn(grid, code_len, q):
     raise ValueError(f"code_len {code_len} cannot be made of {grid}x{grid} patches: use 1, 2 or 4 "
                      "with 7 or 8 patches a side, or code_len = (patches a side / 2)^2 or / 4")
 
-
 def nearest(d, codebook):
     """d [.., Q], codebook [V, Q] -> indices of the nearest entries by squared Euclidean distance"""
     d, codebook = d.float(), codebook.float()
     distance = (d**2).sum(-1, keepdim=True) - 2 * d @ codebook.T + (codebook**2).sum(-1)
     return distance.argmin(-1)
-
 
 class Quantizer(nn.Module):
     """NSVQ (Vali and Backstrom 2022) with a codebook that cannot stay dead.
@@ -287,7 +277,6 @@ class Quantizer(nn.Module):
         self.uses.zero_()
         return int(dead.sum())
 
-
 class LAQ(nn.Module):
     """Latent action quantizer.  Frames are float [.., 3, H, W] in [0, 1]."""
 
@@ -363,7 +352,6 @@ VOCABULARIES = "text", "vision", "latent", "action"
 TEXT, VISION, LATENT, ACTION = range(4)  # the vocabulary a position belongs to
 END_OF_IMAGE = 8193  # in the vision vocabulary, behind an image's codes
 
-
 @dataclass
 class VLAConfig:
     """Shape of a vision-language-action model; the defaults are LWM-Chat-1M's body (7B)."""
@@ -388,13 +376,11 @@ class VLAConfig:
         patches = (self.image_size // self.patch_size) ** 2 if self.patch_size else 0
         return patches + bool(self.vision_vocab)
 
-
 def rotate(x, cos, sin):
     """Interleaved rotary embedding: channel pairs (2i, 2i+1). x [B, heads, L, D]"""
     even, odd = x[..., 0::2].float(), x[..., 1::2].float()
     turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
     return turned.flatten(-2).to(x.dtype)
-
 
 def rope_table(angle, rounded):
     """Cosine and sine of angles; rounded: as official bf16 code makes them (formats section 2)"""
@@ -402,7 +388,6 @@ def rope_table(angle, rounded):
         return angle.cos(), angle.sin()
     angle = angle.bfloat16().float()
     return angle.cos().bfloat16().float(), angle.sin().bfloat16().float()
-
 
 class Block(nn.Module):
     """One LLaMA layer: x += attention(norm(x)); x += w2(silu(w1 norm(x)) * w3 norm(x))"""
@@ -427,7 +412,6 @@ class Block(nn.Module):
         y = self.ffn_norm(x)
         return x + self.w2(F.silu(self.w1(y)) * self.w3(y))
 
-
 def smooth_positions(grid, dim):
     """Sines and cosines of a patch's place, so slow that neighbours look alike. [grid^2, dim]"""
     period = 2 * math.pi * 10 ** (-torch.arange(dim // 4) / (dim // 4))
@@ -436,7 +420,6 @@ def smooth_positions(grid, dim):
     both = torch.cat((waves.expand(grid, -1, -1), waves[:, None].expand(-1, grid, -1)), dim=2)
     both = both.flatten(0, 1)
     return (both - both.mean(0)) / both.std()
-
 
 class VLA(nn.Module):
     """LLaMA over four vocabularies.  Each position is embedded and scored by its own one."""
@@ -589,10 +572,8 @@ class VQGANConfig:
     quant_dim: int = 64
     codebook_size: int = 8192
 
-
 conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1)
 norm = partial(nn.GroupNorm, 32, eps=1e-6)
-
 
 class Residual(nn.Module):
     """[B, C, H, W] -> [B, out, H, W]"""
@@ -607,22 +588,21 @@ class Residual(nn.Module):
         y = self.conv0(F.silu(self.norm0(x)))
         return self.conv2(x) + self.conv1(F.silu(self.norm1(y)))
 
-
 class Coder(nn.Module):
-    """Encoder or decoder (`up`): a convolution, for each of `widths` a level of residual blocks,
-    half or twice the resolution in between, two blocks where it is lowest, a convolution"""
+    """Encoder or decoder (`up`): a convolution to `first`, for each of `widths` a level of residual
+    blocks, half or twice the resolution in between, two blocks where it is lowest, a convolution"""
 
-    def __init__(self, channels, widths, blocks, out, up):
+    def __init__(self, channels, first, widths, blocks, out, up):
         super().__init__()
         def level(i):
             w = widths[i]
             resample = [nn.Upsample(scale_factor=2), conv3x3(w, w)] if up else \
                 [nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(w, w, 3, stride=2)]  # below and right (code)
             return nn.Sequential(
-                *(Residual(w if b else widths[max(0, i - 1)], w) for b in range(blocks)),
+                *(Residual(w if b else widths[i - 1] if i else first, w) for b in range(blocks)),
                 *resample * (i + 1 < len(widths)))
         low = widths[0 if up else -1]
-        self.conv0 = conv3x3(channels, widths[0])
+        self.conv0 = conv3x3(channels, first)
         self.levels = nn.Sequential(*map(level, range(len(widths))))
         self.middle = nn.Sequential(Residual(low, low), Residual(low, low))
         self.norm0, self.conv1 = norm(widths[-1]), conv3x3(widths[-1], out)
@@ -633,7 +613,6 @@ class Coder(nn.Module):
         x = self.levels(self.middle(x)) if self.up else self.middle(self.levels(x))
         return self.conv1(F.silu(self.norm0(x)))
 
-
 class VQGAN(nn.Module):
     """images float [B, 3, H, W] in [-1, 1] <-> codes int64 [B, N], row by row"""
 
@@ -641,11 +620,11 @@ class VQGAN(nn.Module):
         super().__init__()
         c = self.config = config
         widths = [c.hidden * m for m in c.multipliers]
-        self.encoder = Coder(3, widths, c.blocks, c.z_channels, up=False)
+        self.encoder = Coder(3, c.hidden, widths, c.blocks, c.z_channels, up=False)
         self.to_code = nn.Conv2d(c.z_channels, c.quant_dim, 1)
         self.codebook = nn.Parameter(torch.randn(c.codebook_size, c.quant_dim))
         self.from_code = nn.Conv2d(c.quant_dim, c.z_channels, 1)
-        self.decoder = Coder(c.z_channels, widths[::-1], c.blocks + 1, 3, up=True)
+        self.decoder = Coder(c.z_channels, widths[-1], widths[::-1], c.blocks + 1, 3, up=True)
 
     @torch.no_grad()
     def encode(self, images):

@@ -9,7 +9,10 @@ One loop serves every arm of the paper's comparison; they differ only in what th
 
     python pretrain.py --labels caption --data data/scenes --out runs/base --preset tiny
     python pretrain.py --labels latent --data data/tabletop --laq runs/demo/quantize \\
-        --init_from runs/base --out runs/demo/pretrain --preset tiny"""
+        --init_from runs/base --out runs/demo/pretrain --preset tiny                   # laptop
+    python pretrain.py --preset lapa --init_from lwm --laq Q --data D --out O          # one GPU
+    torchrun --nproc_per_node 8 pretrain.py --preset lapa --init_from lwm --laq Q --data D --out O
+"""
 
 import sys
 from dataclasses import dataclass, fields, replace
@@ -27,7 +30,6 @@ from model import ACTION, LAQ, LATENT, TEXT, VLA, LAQConfig, VLAConfig
 
 KINDS = {"latent": LATENT, "action": ACTION, "idm": ACTION, "caption": TEXT}
 NEXT = 0.0  # a window of 0 s reaches to the next frame
-
 
 @dataclass(kw_only=True)
 class PretrainConfig(VLAConfig, common.TrainConfig):
@@ -57,7 +59,6 @@ class PretrainConfig(VLAConfig, common.TrainConfig):
     labelled_where: str = ""  # idm: and which, e.g. combination=seen
     idm_steps: int = 400  # idm: steps of 64 pairs
 
-
 PRESETS = {
     "tiny": dict(dim=128, layers=4, heads=4, mlp=344, rope_theta=1e4, vision_vocab=0,
                  image_size=64, steps=1000, batch=64, lr=8e-4, head_lr=2.0, warmup=30,
@@ -67,7 +68,6 @@ PRESETS = {
                  soft_bins=8.0, shift=0.0625, like_tag=True),
     "lapa": dict(template=data.OFFICIAL_TEMPLATE, length=384),
 }
-
 
 def loss_of(model, rows, kind, soft=0.0, official_text_mask=False):
     """Stage-2 loss (formats section 6): 0.99 x cross entropy of the labels + 0.01 x that of the
@@ -101,7 +101,6 @@ def invert(idm, scale, episodes):
         guessed.append(guess.cpu().numpy())
     return guessed
 
-
 def train_inverse_dynamics(c, processes, few):
     """VPT's inverse dynamics model: a fresh stage-1 encoder and a linear head, regressing a_t from
     (x_t, x_{t+1}) of the labelled few.  -> modules, [mean, std] of the actions"""
@@ -131,7 +130,6 @@ def train_inverse_dynamics(c, processes, few):
         loss.backward()
         common.optimizer_step(optimizer, processes, recipe, step)
     return idm.eval(), scale
-
 
 def answers_for(c, processes, dataset, train_set, held_out):
     """What the model shall say at every frame -> answers of the training and of the held-out
@@ -189,7 +187,6 @@ def build_model(c, kind, dataset, processes):
                   f"{', '.join(fresh) or 'nothing'}")
     return model, tokenizer, fresh
 
-
 @torch.no_grad()
 def validate(model, rows, lengths, kind, batch, soft):
     """Loss and accuracy on 256 frames of the held-out episodes, the same ones every time"""
@@ -198,7 +195,6 @@ def validate(model, rows, lengths, kind, batch, soft):
                for at in range(0, len(which), batch)]
     loss, right = (float(sum(values) / len(values)) for values in zip(*results))
     return {"val_loss": loss, "val_accuracy": right}
-
 
 def train(c, given):
     if c.labels not in KINDS:
@@ -217,9 +213,9 @@ def train(c, given):
             if getattr(c, name) != shape[name]:
                 common.fail(f"--{name} {getattr(c, name)}: --init_from {c.init_from} has "
                             f"{shape[name]}")
-        c.image_size, c.vision_vocab = shape["image_size"], shape["vision_vocab"]
-    vqgan = data.load_vqgan(c.vqgan or c.init_from, "vqgan", processes.device) \
-        if c.vision_vocab else None
+        c.__dict__.update({name: shape[name] for name in
+                           ("image_size", "patch_size", "vision_vocab")})
+    vqgan = data.load_vqgan(c.vqgan or c.init_from, "vqgan", processes.device, c.__dict__)
     dataset = data.open_dataset(c.data, c.image_size, c.where, c.labels == "action",
                                 official=vqgan is not None)
     train_set, held_out = dataset.split(c.held_out)
@@ -261,7 +257,6 @@ def train(c, given):
                      lambda: validate(model, held_rows, held_lengths, kind, c.batch, c.soft_bins)
                      if held_out else {})
     run.finish()
-
 
 if __name__ == "__main__":
     train(*common.parse_options(PretrainConfig, sys.argv[1:], PRESETS, "pretrain.py [options]"))

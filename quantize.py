@@ -5,6 +5,7 @@ draw the later frame from the first one and those codes.  No action labels are u
 every frame of the dataset is labelled with its latent action, and a report card is written.
 
     python quantize.py --data data/tabletop --out runs/demo/quantize --preset tiny     # laptop
+    python quantize.py --data D --out O --preset lapa                                  # one GPU
     torchrun --nproc_per_node 8 quantize.py --data D --out O --preset lapa             # eight GPUs
     python quantize.py label --laq O --data OTHER --out other.safetensors    # label more videos
     python quantize.py report --laq O --data OTHER --out reports/other     # report card on them"""
@@ -23,7 +24,6 @@ import common
 import data
 from model import LAQ, LAQConfig
 
-
 @dataclass(kw_only=True)
 class QuantizeConfig(LAQConfig, common.TrainConfig):
     """The options of this stage, on top of the network's shape."""
@@ -39,7 +39,6 @@ class QuantizeConfig(LAQConfig, common.TrainConfig):
     codebook_pull: float = 0.0  # share of the way a used entry moves to its outputs' mean each step
     clip: float = 0.5  # gradient norm
     replace_below: float = 0.1  # an entry used less than this share of a fair share is dead
-
 
 PRESETS = {
     "tiny": dict(image_size=32, patch_size=4, dim=96, spatial_depth=1, temporal_depth=1,
@@ -62,7 +61,6 @@ def replacement_due(step, official=False):
         return 0 < step <= 5000 and step % (10 if step < 100 else 100 if step < 1000 else 500) == 0
     return step > 0 and step % (10 if step < 100 else 50) == 0
 
-
 def train_step(model, optimizer, processes, c, step, pair):
     """One optimization step on this process's pairs [B, 2, 3, H, W] in [0, 1] -> numbers to log"""
     mine = processes.share(c.batch)
@@ -80,14 +78,12 @@ def train_step(model, optimizer, processes, c, step, pair):
         model.quantizer.replace_dead(d, c.replace_below)
     return {"loss": loss.detach(), "codes": len(indices.unique()), "grad_norm": norm}
 
-
 def make_optimizer(model, c):
     codebook = model.quantizer.codebook
     rest = [p for p in model.parameters() if p is not codebook]
     return common.make_optimizer([{"params": rest, "lr": c.lr},
                                   {"params": [codebook], "lr": c.lr * c.codebook_lr}],
                                  torch.optim.Adam, betas=(0.9, 0.99))
-
 
 def train(c):
     processes = common.Processes()
@@ -133,24 +129,20 @@ def label(model, episodes, window, batch=256):
     ends = np.cumsum([len(e.frames) for e in episodes])[:-1]
     return {e.id: part for e, part in zip(episodes, np.split(np.concatenate(codes), ends))}
 
-
 def write_labels(model, checkpoint, dataset, window, path):
     data.save_labels(path, label(model, dataset.episodes, window), {
         "laq": common.fingerprint(checkpoint), "window": window, "dataset": dataset.fingerprint,
         "codebook_size": model.config.codebook_size, "code_len": model.config.code_len})
     return path
 
-
 def psnr(mse):
     """Mean squared error of pixels in [0, 1] -> dB"""
     return float(-10 * np.log10(max(mse, 1e-12)))
-
 
 def perplexity(codes, size):
     """exp of the entropy of one slot's codes, int [M]; 1 when collapsed, `size` when even"""
     share = np.bincount(codes, minlength=size) / len(codes)
     return float(np.exp(-(share[share > 0] * np.log(share[share > 0])).sum()))
-
 
 def probe_r2(codes, target, test_codes, test_target, size, ridge=1e-2):
     """Linear probe: one-hot codes int [M, K] -> target float [M, A], fitted on the first two
@@ -163,14 +155,12 @@ def probe_r2(codes, target, test_codes, test_target, size, ridge=1e-2):
     error = ((features(test_codes) @ solved - test_target) ** 2).sum(0)
     return (1 - error / ((test_target - test_target.mean(0)) ** 2).sum(0)).tolist()
 
-
 def window_motion(episode, window):
     """Sum of an episode's actions over each frame's window, [T, A]: its true displacement"""
     now = np.arange(len(episode.frames))
     later = data.future_index(now, len(now), data.window_frames(window, episode.fps))
     total = np.pad(episode.actions.cumsum(0).astype(float), ((1, 0), (0, 0)))
     return total[later] - total[now]
-
 
 def report(model, train_set, held_out, window, out, seed=0):
     """Report card on held-out episodes (method section 1) -> numbers, files written."""
@@ -216,7 +206,6 @@ def report(model, train_set, held_out, window, out, seed=0):
     draw_atlas(model, pairs[:6, 0].to(device), codes, out / "atlas.png")
     return card, [out / n for n in ("report.json", "report.md", "reconstructions.png", "atlas.png")]
 
-
 def contact_sheet(columns, path, size=96, gap=4, head=16):
     """columns: title -> pictures, float [N, 3, H, W] in [0, 1] -> a PNG"""
     rows, step = len(next(iter(columns.values()))), size + gap
@@ -228,7 +217,6 @@ def contact_sheet(columns, path, size=96, gap=4, head=16):
             tile = Image.fromarray(cell).resize((size, size), Image.BICUBIC)
             sheet.paste(tile, (gap + i * step, head + r * step))
     sheet.save(path)
-
 
 def draw_atlas(model, starts, codes, path, most=8):
     """What the decoder says each of the most frequent code combinations does to each start frame
@@ -252,7 +240,6 @@ class ApplyConfig:
     window: float = 0.0  # seconds; 0: the window the LAQ was trained with
     seed: int = 0
 
-
 def load_laq(path, option="laq"):
     """A checkpoint's LAQ, in evaluation mode, and its meta"""
     weights, meta = common.load_checkpoint(path, option, ("quantize",))
@@ -260,7 +247,6 @@ def load_laq(path, option="laq"):
     with common.refuse(f"--{option} {path}"):
         common.load_strictly(model, weights)
     return model.to(common.Processes().device).eval(), meta
-
 
 def apply(command, argv):
     c, _ = common.parse_options(ApplyConfig, argv, usage=f"quantize.py {command} [options]")
@@ -273,7 +259,6 @@ def apply(command, argv):
         train_set, held_out = dataset.split(c.held_out)
         _, files = report(model, train_set, held_out or train_set, window, c.out, c.seed)
     print("wrote", ", ".join(map(str, files)))
-
 
 if __name__ == "__main__":
     if sys.argv[1:2] in (["label"], ["report"]):

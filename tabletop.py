@@ -33,7 +33,6 @@ RIM = 0.115  # blocks stop this far from the edge, so that the effector can get 
 GRIP = 0.9  # share of the effector's motion that a touched block follows; the rest may slip
 PUSH_DISTANCE, SIDE, CORNER, JOIN = 0.12, 0.17, 0.28, 0.18  # what counts as success
 
-
 def tasks(split="all"):
     """All (family, block, argument) combinations of a split: "seen", "unseen" or "all".
 
@@ -43,24 +42,20 @@ def tasks(split="all"):
     return [(f, block, argument) for f, block, argument in rows
             if split == "all" or ((block + argument) % 4 == 3) == (split == "unseen")]
 
-
 def instruction(family, block, argument):
     if FAMILIES[family] == "reach":
         return f"move to the {BLOCKS[block]}"
     return f"push the {BLOCKS[block]} {ARGUMENTS[FAMILIES[family]][argument]}"
-
 
 def vocabulary():
     """Every text the table top can produce, for training a word-level tokenizer"""
     numbers = " ".join(map(str, range(CAPTION_BINS)))
     return [instruction(*task) for task in tasks()] + [f"describe the table where is tip {numbers}"]
 
-
 def _polar(vectors):
     """[.., 2] -> their directions [.., 2] and lengths [.., 1]"""
     length = np.linalg.norm(vectors, axis=-1, keepdims=True) + 1e-9
     return vectors / length, length
-
 
 class TableTop:
     """A batch of tables.
@@ -260,7 +255,6 @@ class TableTop:
             paint(tip, disc(TIP_RADIUS - 0.002), skin)
         return np.clip(canvas * self.gain[which], 0, 255).astype(np.uint8)
 
-
 OUTLINES = (  # distance inside the outline of each block: circle, square, triangle, star
     lambda dx, dy: BLOCK_RADIUS - np.hypot(dx, dy),
     lambda dx, dy: 0.87 * BLOCK_RADIUS - np.maximum(np.abs(dx), np.abs(dy)),
@@ -292,7 +286,6 @@ def record(o, folder):
             kept += 1
     if kept < o.episodes:
         raise ValueError(f"--noise {o.noise}: the expert reached {kept} goals of {o.episodes}")
-
 
 def scenes(o, folder, tags):
     """Still scenes, 100 to a video: what a pretrained vision-language model knows.  Each video is

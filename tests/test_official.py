@@ -284,6 +284,18 @@ def test_exported_files_run_in_transformers(inside, tmp_path):
     torch.testing.assert_close(logits, golden["text.lm_logits"], rtol=0, atol=1e-4)
 
 
+def test_chunks_are_joined_by_number(tmp_path):
+    """However their map is sorted: where the first two have changed names, they change places"""
+    source = FIXTURES / "vla/params_chunked"
+    table, blob = convert.read_stream(source), bytearray(source.read_bytes())
+    name, pieces = next((n, pieces) for n, (_, _, pieces) in table.items() if len(pieces) > 1)
+    blob[blob.rindex(b"\xa10", 0, pieces[0].start) + 1] = ord("1")
+    blob[pieces[0].stop + 1] = ord("0")
+    (tmp_path / "params").write_bytes(blob)
+    found = convert.read_stream(tmp_path / "params")[name][2]
+    assert found == [pieces[1], pieces[0], *pieces[2:]]
+
+
 def test_large_checkpoints_are_written_in_shards(tmp_path):
     tensors = {f"t{i}": torch.full((10,), float(i)) for i in range(5)}
     common.save_weights(tmp_path, tensors.items(), shard=80)
@@ -364,7 +376,8 @@ def test_a_broken_stream_is_refused_by_the_tensor_and_leaves_nothing(layout, ins
                          (blob[:begin + 3], "cut short in tensor"),
                          (blob[:begin] + blob[end:], "missing: "),
                          (blob + stray, "unexpected: "),
-                         (b"{}" + blob, "not a params stream")):
+                         (blob[:end] + b"\x93" + blob[end:], "not a params stream"),
+                         (blob + blob[begin:end], f"{name}: more than once"), (b"", "not a whole pickle")):
         source = tmp_path / "params"
         source.write_bytes(broken)
         assert inside("convert.py", source, tmp_path / "out", "--heads", 4) == 2
@@ -408,7 +421,7 @@ def test_pickles_may_hold_arrays_only(inside, tmp_path, capsys):
         assert inside("convert.py", source, tmp_path / "out") == 2
         assert said in capsys.readouterr().err
         assert [p.name for p in tmp_path.iterdir()] == ["vqgan"]
-    for protocol in range(2, 6):  # as written by any Python
+    for protocol in range(6):  # as written by any Python
         source.write_bytes(pickle.dumps({"params": good}, protocol))
         assert len(convert.read_pickle(source)) == len(info("vqgan")["keys"])
 
@@ -465,3 +478,79 @@ def test_sentencepiece_model_becomes_an_equal_tokenizer(tmp_path):
         assert ours.encode(text, add_special_tokens=False).ids == theirs.encode(text), text
     body = theirs.encode("push the red block")
     assert ours.encode("<s> <s> push the red block", add_special_tokens=False).ids == [1, 1, *body]
+
+
+def test_weights_that_do_not_belong_together_are_refused(inside, tmp_path, capsys):
+    e2e, small = FIXTURES / "e2e", FIXTURES / "vla_action"
+    picture = tmp_path / "x.png"
+    evaluate.Image.fromarray(np.zeros((30, 50, 3), np.uint8)).save(picture)
+    tokenizer = data.train_tokenizer(["push it", data.OFFICIAL_TEMPLATE])
+    tokenizer.save(str(tmp_path / "blob"))
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links/tokenizer.json").symlink_to("../blob")  # as in Hugging Face's cache
+    out = tmp_path / "out"
+
+    def refused(code, *words):
+        said = capsys.readouterr().err.split("\r")[-1]
+        assert code == 2 and all(w in said for w in words) and said.count("\n") == 1, said
+        assert not out.exists() and not list(tmp_path.glob(".*"))
+    text = FIXTURES / "vla/hf_text_model.safetensors"
+    sources = e2e / "params", FIXTURES / "vqgan/vqgan", tmp_path / "links/tokenizer.json"
+    assert inside("convert.py", *sources, tmp_path / "other", "--heads", 2) == 0
+    assert json.loads((tmp_path / "other/tokenizer.json").read_text())
+    assert inside("convert.py", text, tmp_path / "links/tokenizer.json", tmp_path / "text",
+                  "--heads", 4) == 0
+    ask = ("evaluate.py", "predict", "--image", picture, "--instruction", "push it", "--policy")
+    assert inside("convert.py", e2e / "params", e2e / "vqgan", tmp_path / "links/tokenizer.json",
+                  tmp_path / "whole", "--heads", 2) == 0
+    capsys.readouterr()
+    levels = len(json.loads((tmp_path / "other/config.json").read_text())["vqgan"]["multipliers"])
+    if 2 ** (levels - 1) != 16:  # the patch is the VQGAN's, so that the model reads more codes
+        meta = json.loads((tmp_path / "other/config.json").read_text())
+        assert meta["model"]["patch_size"] == 2 ** (levels - 1)
+        shutil.copy(tmp_path / "other/vqgan.safetensors", tmp_path / "whole")
+        whole = json.loads((tmp_path / "whole/config.json").read_text())
+        (tmp_path / "whole/config.json").write_text(json.dumps({**whole, "vqgan": meta["vqgan"]}))
+        refused(inside(*ask, tmp_path / "whole"), "pixels each do not fit")
+    refused(inside(*ask, tmp_path / "text"), "predicts neither latent nor robot")
+    refused(inside("convert.py", e2e / "params", text, out, "--heads", 2), "among them, found 2")
+    refused(inside("convert.py", tmp_path / "blob", out), "blob")
+    for content, words in (("0,1\n1,0\n", "row 0"), ("0,1\n", "-1 action bins"),
+                           ("0,1\n1,nan\n", "row 0"), ("0,1\n0.5,1\n\n", "row 1")):
+        (tmp_path / "bins.csv").write_text(content)
+        refused(inside("convert.py", small / "params", tmp_path / "bins.csv", out, "--heads", 4),
+                words)
+    (tmp_path / "bins.csv").write_text(",0,1,2\n0,-1,0,1\n1,-2,2,\n")
+    refused(inside("convert.py", e2e / "params", tmp_path / "bins.csv", out, "--heads", 2), "2 act")
+    assert inside("convert.py", small / "params", tmp_path / "bins.csv", out, "--heads", 4) == 0
+    meta = json.loads((out / "config.json").read_text())
+    assert meta["bins"] == [[-1, 0, 1], [-2, 2]]
+
+
+def test_wrong_shapes_name_the_wrong_tensor(inside, tmp_path, capsys):
+    """Also where the configuration is read off it"""
+    weights = load_file(FIXTURES / "vla/hf_text_model.safetensors")
+    laq = load_file(FIXTURES / "laq_small/model.safetensors")
+    with open(FIXTURES / "vqgan/vqgan", "rb") as file:
+        pickled = pickle.load(file)
+    embed = "to_patch_emb_first_frame"
+    for tensors, name in (
+            (weights, "model.embed_tokens.weight"), (weights, "model.norm.weight"),
+            (weights, "model.layers.0.mlp.gate_proj.weight"), (laq, f"{embed}.2.weight"),
+            (laq, "spatial_rel_pos_bias.net.2.weight"), (laq, "vq.project_in.weight"),
+            (laq, "vq.cnn_encoder.2.weight"), (laq, f"{embed}.1.weight"),
+            (laq, "enc_spatial_transformer.norm_out.beta")):
+        more = torch.cat((tensors[name], tensors[name][:1]))
+        common.save_file({**tensors, name: more}, tmp_path / "x.safetensors")
+        assert inside("convert.py", tmp_path / "x.safetensors", tmp_path / "o", "--heads", 4) == 2
+        assert name in capsys.readouterr().err and not (tmp_path / "o").exists()
+    for part in ("Conv_0", "Conv_1"):
+        kernel = pickled["encoder"][part]["kernel"]
+        wrong = {**pickled["encoder"][part], "kernel": np.concatenate((kernel, kernel[..., :1]), -1)}
+        (tmp_path / "vqgan").write_bytes(pickle.dumps(
+            {**pickled, "encoder": {**pickled["encoder"], part: wrong}}))
+        assert inside("convert.py", tmp_path / "vqgan", tmp_path / "o") == 2
+        assert f"encoder/{part}/kernel" in capsys.readouterr().err
+    torch.save({"a": Evil()}, tmp_path / "evil.pt")
+    assert inside("convert.py", tmp_path / "evil.pt", tmp_path / "o") == 2
+    assert "it wants getattr" in (said := capsys.readouterr().err) and said.count("\n") == 1
