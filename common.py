@@ -10,20 +10,36 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 import time
+import warnings
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from threading import get_ident
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.state_dict import (get_optimizer_state_dict,
+                                                     set_optimizer_state_dict)
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+
+BROKEN = dcp.api.CheckpointException
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process needs none
+warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # our blocks write into no view
 
 def fail(message):
     """Refuse bad input: one clear line and exit code 2."""
+    for bar in list(getattr(tqdm, "_instances", ())):  # else they are drawn anew below it
+        bar.close()
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -34,7 +50,6 @@ def refuse(what, kinds=(ValueError, OSError)):
         yield
     except kinds as error:
         fail(f"{what}: {error}".partition("\n")[0])
-
 
 # ------------------------------------------------------------------------ command line
 def option_help(cls):
@@ -84,9 +99,9 @@ def parse_options(cls, argv, presets=None, usage=None, positional=()):
     chosen = given.get("preset", getattr(cls, "preset", None))
     if presets and chosen not in presets:
         fail(f"--preset {chosen!r}: expected one of {', '.join(presets)}")
-    for field in dataclasses.fields(cls):
-        if field.default is dataclasses.MISSING and field.name not in given:
-            fail(f"--{field.name} is required: {comments.get(field.name, '')}")
+    for name in (f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING):
+        if name not in given:
+            fail(f"--{name} is required: {comments.get(name, '')}")
     return cls(**{**presets.get(chosen, {}), **given}), set(given)
 
 @dataclasses.dataclass(kw_only=True)
@@ -107,8 +122,12 @@ class TrainConfig:
     seed: int = 0
     log_every: int = 50  # steps
     save_every: int = 1000  # steps between checkpoints; 0: only the last
+    keep: int = 1  # checkpoints that stay, the newest
     resume: bool = False  # continue from the latest checkpoint in --out
-
+    accumulate: int = 1  # parts that a step's batch is cut into, to save memory
+    bf16: bool = False  # bfloat16 arithmetic (autocast); optimizer and checkpoints stay in float32
+    checkpointing: bool = False  # recompute a block's activations backward, to save memory
+    compile: bool = False  # torch.compile each block
 
 # ------------------------------------------------------------------------ processes
 class Processes:
@@ -123,31 +142,64 @@ class Processes:
             torch.cuda.set_device(self.device)
             torch.backends.cuda.matmul.allow_tf32 = True
         if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if gpu else "gloo")
+            dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(minutes=10))
         self.main = self.rank == 0
 
-    def share(self, batch):
-        """This rank's part of a global batch size; refuses one that does not divide"""
-        if batch < 1 or batch % self.world:
-            fail(f"--batch {batch} does not divide over {self.world} processes")
-        return slice(self.rank * batch // self.world, (self.rank + 1) * batch // self.world)
+    def share(self, c):
+        """This rank's part of a global batch; refuses a --batch that does not divide"""
+        if c.batch % (self.world * c.accumulate):
+            fail(f"--batch {c.batch}: no multiple of {self.world} processes x --accumulate")
+        return slice(self.rank * c.batch // self.world, (self.rank + 1) * c.batch // self.world)
 
     def say(self, *words):
         if self.main:
-            tqdm.write(" ".join(str(w) for w in words))
+            tqdm.write(" ".join(map(str, words)))
 
     def barrier(self):
         if self.world > 1:
             dist.barrier()
 
-    def shard(self, model):
-        """Put a model on this process's device, equal on every rank.  Every parameter is whole on
-        each rank here; sharding over ranks belongs in this one place."""
-        model.to(self.device)
+    def shard(self, model, c, blocks, whole=()):
+        """Put a model on this process's device.  Among several processes each of its `blocks`, and
+        what is left, are sharded (FSDP2; c.bf16: computed in bfloat16, reduced in float32), but for
+        the parameters `whole`.  A model on the meta device begins with its init_weights."""
+        for block in blocks:
+            if c.checkpointing:
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            if c.compile:
+                block.compile()
+        meta = next(model.parameters()).is_meta
+        if not meta:
+            model.to(self.device)
         if self.world > 1:
-            for tensor in model.state_dict().values():
-                dist.broadcast(tensor, 0)
-        return model
+            policy = MixedPrecisionPolicy(torch.bfloat16 if c.bf16 else None, torch.float32,
+                                          cast_forward_inputs=False)
+            for part in (*blocks, model):
+                fully_shard(part, mp_policy=policy, ignored_params=set(whole))
+        if meta:
+            model.to_empty(device=self.device)
+            model.apply(model.init_weights)
+
+    def autocast(self, c):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=c.bf16)
+
+    def backward(self, model, c, loss_of, batch, who=str):
+        """Backward passes over the parts of a batch (dict of tensors or None), gradients reduced
+        with the last.  loss_of(part) -> loss and more tensors; returns these, of the whole batch:
+        scalars averaged, others joined.  Refuses a loss that is not finite, and says whose."""
+        results = []
+        for i in range(c.accumulate):
+            if self.world > 1:
+                model.set_requires_gradient_sync(i + 1 == c.accumulate)
+            part = {name: x if x is None else x.chunk(c.accumulate)[i] for name, x in batch.items()}
+            with self.autocast(c):
+                loss, *more = loss_of(part)
+            if not math.isfinite(loss.item()):
+                fail(f"the loss is {loss.item()}: {who()}")
+            (loss / c.accumulate).backward()
+            results.append((loss.detach(), *more))
+        return [torch.cat(parts) if parts[0].dim() else torch.stack(parts).mean()
+                for parts in zip(*results)]
 
     def gather(self, tensor):
         """Every rank's part of a batch -> the whole of it, on every rank"""
@@ -172,15 +224,21 @@ def make_optimizer(groups, kind=torch.optim.AdamW, **settings):
     return kind([g for g in groups if g["params"]], **settings)
 
 def optimizer_step(optimizer, processes, c, step):
-    """Average gradients over ranks, clip their norm at c.clip, step at the rate that c.steps,
-    c.warmup and c.final_lr give this step.  -> gradient norm before clipping (float)"""
+    """Average over ranks what FSDP has not, clip the norm of gradients at c.clip, step at the rate
+    that c.steps, c.warmup and c.final_lr give this step.  -> norm before clipping (float)"""
     params = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+    shards = [p.grad.to_local() for p in params if isinstance(p.grad, DTensor)]
+    grads = [p.grad for p in params if not isinstance(p.grad, DTensor)]
     if processes.world > 1:
-        flat = torch.cat([p.grad.flatten() for p in params]) / processes.world
-        dist.all_reduce(flat)
-        for p, part in zip(params, flat.split([p.numel() for p in params])):
-            p.grad.copy_(part.view_as(p))
-    norm = torch.nn.utils.clip_grad_norm_(params, c.clip)
+        for grad in grads:
+            dist.all_reduce(grad)
+            grad /= processes.world
+    norm = torch.nn.utils.get_total_norm(grads)
+    if shards:
+        square = torch.nn.utils.get_total_norm(shards) ** 2
+        dist.all_reduce(square)
+        norm = torch.hypot(norm, square.sqrt())
+    torch._foreach_mul_(grads + shards, (c.clip / (norm + 1e-6)).clamp(max=1))
     for g in optimizer.param_groups:
         g["lr"] = g["peak"] * warmup_cosine(step, c.steps, c.warmup, c.final_lr)
     optimizer.step()
@@ -199,7 +257,6 @@ def seed_step(seed, step):
     digest = hashlib.sha256(f"{seed} {step} 0".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:7], "little"))
 
-
 # ------------------------------------------------------------------------ files
 def count_parameters(model):
     return sum(p.numel() for p in model.parameters())
@@ -213,24 +270,41 @@ def differences(expected, found):
                       ("unexpected", sorted(found.keys() - expected.keys())),
                       ("wrong shape", wrong)) if names)
 
+def whole(tensor):
+    """All of a tensor, sharded or not; every process takes part"""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+def put(parameter, values):
+    """Fill a parameter, or this rank's part of a sharded one, with its values as a whole"""
+    if isinstance(parameter, DTensor):
+        values = distribute_tensor(values.to(parameter.device).contiguous(), parameter.device_mesh,
+                                   parameter.placements, src_data_rank=None)
+    parameter.detach().copy_(values)
+
 def load_strictly(model, weights, fresh=()):
-    """Copy `weights` (name -> tensor) into model; names and shapes must agree as sets, but those in
-    `fresh` keep their initial values.  Raises ValueError that names all `differences`."""
-    ours = model.state_dict()
-    problems = differences({n: t.shape for n, t in ours.items() if n not in fresh},
-                           {n: t.shape for n, t in weights.items()})
-    if problems:
+    """Copy `weights` (name -> tensor or safetensors slice, read one by one) into model; names and
+    shapes must agree as sets, but those in `fresh` keep their initial values.  Raises ValueError
+    that names all `differences`."""
+    ours = {n: t for n, t in model.state_dict().items() if n not in fresh}
+    shape = lambda w: tuple(w.shape if torch.is_tensor(w) else w.get_shape())
+    if problems := differences({n: shape(t) for n, t in ours.items()},
+                               {n: shape(w) for n, w in weights.items()}):
         raise ValueError(problems)
-    model.load_state_dict({**{name: ours[name] for name in fresh}, **weights})
+    for name, tensor in ours.items():
+        put(tensor, weights[name][:])
 
 @contextlib.contextmanager
-def atomically(path):
-    """Yield the path of a draft (file or folder) that appears as `path` once whole, or never"""
+def atomically(path, tag=None, durable=False):
+    """Yield the path of a draft (file or folder) that appears as `path` once whole, or never.
+
+    tag: part of the draft's name; durable: on disk before it appears, even if the power fails."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.stem}.{os.getpid()}.{get_ident()}{path.suffix}")
+    draft = path.with_name(f".{path.stem}.{tag or f'{os.getpid()}.{get_ident()}'}{path.suffix}")
     try:
         yield draft
+        if durable:
+            os.sync()
         os.replace(draft, path)
     finally:
         shutil.rmtree(draft, ignore_errors=True)  # of a folder
@@ -290,24 +364,6 @@ def write_checkpoint(folder, tensors, meta, files):
             save_file({n: tensor.contiguous() for n, tensor in content}, folder / name)
     (folder / "config.json").write_text(json.dumps(meta, indent=1))
 
-def save_checkpoint(out, step, weights, meta, files=None, state=None):
-    """Write OUT/step_00000123 whole or not at all, point OUT/latest at it, drop earlier ones.
-
-    meta, files: see write_checkpoint; state: what only resuming needs, as training.pt."""
-    final = Path(out) / f"step_{step:08d}"
-    for old in final.parent.glob(".step_*"):  # left by a killed process
-        shutil.rmtree(old)
-    shutil.rmtree(final, ignore_errors=True)
-    with atomically(final) as draft:
-        write_checkpoint(draft, weights.items(), {**meta, "step": step}, files or {})
-        if state is not None:
-            torch.save(state, draft / "training.pt")
-    write_atomically(final.parent / "latest", final.name + "\n")
-    for old in final.parent.glob("step_*"):
-        if old != final:
-            shutil.rmtree(old)
-    return final
-
 def latest(path):
     """A run's folder -> its newest checkpoint's; any other path as it is"""
     path = Path(path)
@@ -329,10 +385,11 @@ def open_checkpoint(path, option, stages):
     return path, meta
 
 def load_checkpoint(path, option, stages):
-    """-> weights (name -> tensor), meta.  Refuses as open_checkpoint does."""
+    """-> weights (name -> safetensors slice, read when indexed), meta.  Refuses as above."""
     path, meta = open_checkpoint(path, option, stages)
     with refuse(f"--{option} {path}: unreadable checkpoint", (OSError, SafetensorError)):
-        return {n: t for file in weight_files(path) for n, t in load_file(file).items()}, meta
+        files = [safe_open(file, "pt") for file in weight_files(path)]
+        return {name: file.get_slice(name) for file in files for name in file.keys()}, meta
 
 def fingerprint(path):
     """12 hex digits that name the weights of a run's newest checkpoint"""
@@ -344,27 +401,20 @@ def fingerprint(path):
     return digest.hexdigest()[:12]
 
 class Run:
-    """The output folder of a stage: metrics.jsonl, a progress bar, checkpoints, resuming.
-
-        run = Run(config, processes, stage, shape, **identity)
-        run.restore(model, optimizer, meta)
-        for step, batch in run.loop("pairs", batches):    # batches from run.start on
-            ...
-            run.end_step({"loss": loss, "grad_norm": norm})
-        run.finish()
-
-    On resuming, `shape` (the network's config) and `identity` have to be the checkpoint's."""
+    """The output folder of a stage: metrics.jsonl, a progress bar, checkpoints, resuming, for which
+    `shape` (the network's config) and `identity` have to be the checkpoint's.  Order of calls:
+    restore, loop (over batches from `start` on; after each step: end_step), finish."""
 
     def __init__(self, config, processes, stage, shape, **identity):
         self.c, self.out, self.processes, self.stage = config, Path(config.out), processes, stage
-        identity |= {"model": shape.__dict__, "where": config.where, "seed": config.seed,
-                     "batch": config.batch}
+        self.alone = processes.world == 1
+        identity |= {"model": shape.__dict__} | {n: getattr(config, n) for n in
+                                                 ("where", "seed", "batch")}
         self.meta = {"stage": stage, "model": shape.__dict__, "identity": identity,
                      "options": config.__dict__}
-        self.start, self.state, self.found = 0, None, None
+        self.start, self.found, self.numbers, self.signals = 0, None, {}, []
         if (self.out / "latest").is_file():
-            self.found = latest(self.out)
-            self.weights, meta = load_checkpoint(self.found, "out", (stage,))
+            self.found, meta = open_checkpoint(self.out, "out", (stage,))
             self.start = meta["step"]
             if not config.resume:
                 fail(f"--out {self.out} already holds a checkpoint of step {self.start}: pass "
@@ -375,8 +425,6 @@ class Run:
                          "remove it or pass another --out")
             if self.start > config.steps:
                 fail(f"--steps {config.steps}: --out {self.out} has done {self.start} already")
-            with refuse(f"--out {self.found}: cannot be continued", Exception):
-                self.state = torch.load(self.found / "training.pt", weights_only=True)
         processes.barrier()
         if processes.main:
             with refuse(f"--out {self.out}"):
@@ -388,25 +436,46 @@ class Run:
             self.log = open(log, "a")
         self.began = time.time()
 
-    def restore(self, model, optimizer, meta, files=None):
-        """Train this model, from a checkpoint found on; meta, files: see write_checkpoint"""
-        self.model, self.optimizer, self.numbers = model, optimizer, {}
-        self.meta, self.files = self.meta | meta, files or {}
-        if self.state is not None:
-            model.load_state_dict(self.weights)
-            optimizer.load_state_dict(self.state["optimizer"])
-            self.weights = self.state = None
+    def restore(self, model, optimizer, meta, files, ids):
+        """Train this model, from a checkpoint found on.  ids(step): what this process reads then"""
+        self.model, self.optimizer, self.ids = model, optimizer, ids
+        self.meta, self.files = self.meta | meta, files
+        if self.found:
+            state = self.state()
+            with refuse(f"--out {self.found}: cannot be continued", (Exception, BROKEN)):
+                for part in state:  # what never had a gradient has no optimizer state
+                    dcp.load({part: state[part]}, checkpoint_id=self.found / "training",
+                             planner=DefaultLoadPlanner(allow_partial_load=part == "optimizer"),
+                             no_dist=self.alone)
+                model.load_state_dict(state["model"])
+                set_optimizer_state_dict(model, optimizer, state["optimizer"])
             self.processes.say(f"resuming {self.out} at step {self.start}")
+
+    def state(self):
+        return {"model": self.model.state_dict(),
+                "optimizer": get_optimizer_state_dict(self.model, self.optimizer)}
 
     def loop(self, unit, batches):
         """Yield (step, batch) for the steps that are left, torch seeded by the step, behind a
-        progress bar that counts `unit` a second"""
+        progress bar that counts `unit` a second.  SIGTERM and Ctrl-C end it behind a step."""
+        def caught(number, _):
+            self.signals.append(number)
+            signal.signal(number, before[number])  # a second one ends it at once
+        before = {kind: signal.signal(kind, caught) for kind in (signal.SIGTERM, signal.SIGINT)}
         self.bar = tqdm(range(self.start, self.c.steps), self.stage, self.c.steps,
                         initial=self.start, mininterval=1.0, disable=not self.processes.main)
         self.unit, self.mark = unit, (time.time(), self.start)
-        for self.step, batch in zip(self.bar, batches):
-            seed_step(self.c.seed, self.step)
-            yield self.step, batch
+        try:
+            for self.step, batch in zip(self.bar, batches):
+                seed_step(self.c.seed, self.step)
+                yield self.step, batch
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def culprits(self):
+        ids = ", ".join(sorted(set(self.ids(self.step))))
+        return f"step {self.step}, episodes {ids}; last good checkpoint: {self.found or 'none'}"
 
     def end_step(self, numbers, more=dict):
         """Every log_every steps: log the mean of all processes' numbers and of those that more()
@@ -415,19 +484,42 @@ class Run:
         if step % c.log_every == 0 or step == c.steps:
             numbers = {name: float(x) for name, x in {**numbers, **more()}.items()}
             self.numbers = self.processes.mean(numbers)
-            if not all(map(math.isfinite, self.numbers.values())):
-                fail(f"step {step}: {self.numbers} is not finite; last checkpoint: "
-                     f"{self.found or 'none'}")
-            self.log_row(step, time.time())
-        if step == c.steps or (c.save_every and step % c.save_every == 0):
+            if not self.alone:
+                self.model.reshard()  # what a forward pass without a backward one has joined
             if self.processes.main:
-                self.found = save_checkpoint(self.out, step, self.model.state_dict(), self.meta,
-                                             self.files, {"optimizer": self.optimizer.state_dict()})
-            self.processes.barrier()
+                self.log_row(step, time.time())
+        stop = self.processes.mean({"stop": float(bool(self.signals))})["stop"]
+        if stop or step == c.steps or (c.save_every and step % c.save_every == 0):
+            self.save(step)
+        if stop:
+            self.processes.say(f"stopped by a signal behind step {step}; --resume true goes on")
+            raise SystemExit(128 + max(self.signals, default=signal.SIGTERM))
+
+    def save(self, step):
+        """Every process: write OUT/step_00000123 whole or not at all, point OUT/latest at it"""
+        final, main = self.out / f"step_{step:08d}", self.processes.main
+        if main:
+            for old in (final, *self.out.glob(".step_*")):  # left by a killed process
+                shutil.rmtree(old, ignore_errors=True)
+        weights = ((name, whole(tensor)) for name, tensor in self.model.state_dict().items())
+        alone = atomically(final, "draft", durable=True) if main else \
+            contextlib.nullcontext(self.out / f".{final.name}.draft")
+        with refuse(f"{final}: not written, {self.found or 'nothing'} is the last checkpoint",
+                    (OSError, RuntimeError, SafetensorError, BROKEN)), alone as draft:
+            if main:
+                write_checkpoint(draft, weights, {**self.meta, "step": step}, self.files)
+            for _ in weights:  # nothing is left for the main process, others take part
+                pass
+            dcp.save(self.state(), checkpoint_id=draft / "training", no_dist=self.alone)
+        if main:
+            with atomically(self.out / "latest", durable=True) as draft:
+                draft.write_text(final.name + "\n")
+            for old in sorted(self.out.glob("step_*"))[:-self.c.keep]:
+                shutil.rmtree(old)
+        self.found = final
+        self.processes.barrier()
 
     def log_row(self, step, now):
-        if not self.processes.main:
-            return
         rate = self.c.batch * (step - self.mark[1]) / max(now - self.mark[0], 1e-9)
         self.mark = now, step
         self.bar.set_postfix({**{k: f"{v:.4g}" for k, v in self.numbers.items()},

@@ -80,7 +80,6 @@ def count(source, pattern):
     """How many different numbers the group of `pattern` takes at the start of their names"""
     return len({m[1] for m in map(re.compile(pattern).match, source) if m})
 
-
 # ------------------------------------------------------------------------ VLA: the params stream
 STREAM_KEYS = (  # ours -> official
     (r"^text_embed\.weight", "transformer/wte/embedding"),
@@ -241,7 +240,6 @@ def from_stream(path, c):
                         layers=scanned or count(source, r"transformer/h/(\d+)/"))
     return config, matched(VLA, config, source, official)
 
-
 # ------------------------------------------------------------------------ VLA: Hugging Face
 def hugging_name(name, shape, heads, back=True):
     """Our VLA's tensor in Hugging Face's layout, where the rotary pairs (0, 1), (2, 3).. of the
@@ -257,10 +255,8 @@ def safetensors_source(path):
     """The tensors of a safetensors file, or of all in a folder"""
     source, read = {}, lambda path, name: safe_open(path, "pt").get_tensor(name)
     for path in common.weight_files(path) if path.is_dir() else [path]:
-        try:
+        with common.refuse(f"{path}", (OSError, SafetensorError)):
             file = safe_open(path, "pt")
-        except SafetensorError as error:
-            raise ValueError(f"{path.name}: {error}") from None
         source |= {name: (tuple(file.get_slice(name).get_shape()), partial(read, path, name))
                    for name in file.keys()}
     return source
@@ -293,7 +289,6 @@ def to_hugging(folder, out):
         "num_key_value_heads": config.heads, "max_position_embeddings": 4096, "bos_token_id": 1,
         "eos_token_id": 2, "tie_word_embeddings": False},
         {p.name: p for p in folder.glob("tokenizer.json")})
-
 
 # ------------------------------------------------------------------------ VQGAN: a pickle
 VQGAN_KEYS = (  # ours -> official
@@ -372,7 +367,6 @@ def from_vqgan(path, c):
                          multipliers=[width // found["hidden"] for width in widths.values()])
     return config, matched(VQGAN, config, source, official_vqgan_name)
 
-
 # ------------------------------------------------------------------------ LAQ: a torch file
 LAQ_KEYS = (  # ours -> official
     (r"^position_bias\.net\.0\.", "spatial_rel_pos_bias.net.0.0."),
@@ -447,7 +441,6 @@ def read_torch(path):
         raise ValueError("expected a flat dictionary of tensors")
     return state
 
-
 # ------------------------------------------------------------------------ tokenizer, bins
 def tokenizer_from(path):
     """A SentencePiece BPE model (Llama's tokenizer.model) -> tokenizer.json's text"""
@@ -469,7 +462,6 @@ def tokenizer_from(path):
     tokenizer.add_special_tokens([  # the official tokenizer drops blanks beside them
         AddedToken(word, lstrip=True, rstrip=True, normalized=False) for word in ("<s>", "</s>")])
     return tokenizer.to_str()
-
 
 # ------------------------------------------------------------------------ command line
 def write(out, tensors, meta, files):

@@ -44,7 +44,6 @@ from model import ACTION, END_OF_IMAGE, LATENT, TEXT, VISION, VQGAN, VQGANConfig
 LOADING = Lock()  # CPython 3.11 parses .npy headers wrongly when several threads do it at once
 FFMPEG_HINT = "ffmpeg is not installed (apt install ffmpeg, or pip install imageio-ffmpeg)"
 
-
 # ------------------------------------------------------------------------ episodes
 @dataclass
 class Episode:
@@ -206,7 +205,6 @@ def _load_actions(root, text, T, bad):
         return bad.append(f"actions: {path} holds NaN or infinity, first in row {broken[0]}")
     return actions
 
-
 # ------------------------------------------------------------------------ frames and their codes
 def cached_frames(video, size, official=False):
     """Frames of one video at size x size as a memory-mapped uint8 array [T, size, size, 3], and a
@@ -356,7 +354,6 @@ def augment(batch, share, vqgan, *part):
     codes = vqgan.encode(images)
     return {**batch, "images": None, "tokens": put_codes(batch["tokens"], batch["kinds"], codes)}
 
-
 # ------------------------------------------------------------------------ windows and batches
 def window_frames(seconds, fps):
     """A window in seconds -> H in whole frames of an episode, at least 1 (0.6 s at 5 fps: 3)"""
@@ -400,7 +397,6 @@ def random_shift(pictures, share, batch=None, mine=slice(None)):
     at = torch.arange(B, device=pictures.device)[:, None, None]
     moved = pictures.movedim((-2, -1), (1, 2))[at, shifted(H)[:, :, None], shifted(W)[:, None]]
     return moved.movedim((1, 2), (-2, -1))
-
 
 # ------------------------------------------------------------------------ labels and action bins
 def save_labels(path, labels, meta):
@@ -449,7 +445,6 @@ def from_bins(indices, edges):
     middles = [(e[1:] + e[:-1]) / 2 if len(e) > 1 else e for e in edges]
     columns = [m[np.clip(indices[..., a], 0, len(m) - 1)] for a, m in enumerate(middles)]
     return np.stack(columns, -1)
-
 
 # ------------------------------------------------------------------------ words and sequences
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
@@ -559,7 +554,6 @@ class Sequences:
         kinds = torch.tensor([[TEXT] * (length - len(k)) + k for _, k in built])
         valid = torch.tensor([[False] * (length - len(t)) + [True] * len(t) for t, _ in built])
         return tokens if codes is None else put_codes(tokens, kinds, codes), kinds, valid
-
 
 # ------------------------------------------------------------------------ the built-in dataset
 @dataclass

@@ -37,7 +37,6 @@ class EvaluateConfig:
     film: int = 4  # episodes of each policy in rollouts.gif; 0: no film
     seed: int = 1000  # tables and tasks; the same for every policy
 
-
 # ------------------------------------------------------------------------ policies
 class Policy:
     """A VLA as a function: images uint8 [B, H, W, 3] and instructions -> actions [B, A], or latent
@@ -85,7 +84,6 @@ def open_policies(text):
             common.fail(f"--policies {path}: predicts {len(policies[name].edges)} action "
                         "dimensions, the table top takes 2")
     return policies
-
 
 # ------------------------------------------------------------------------ rollouts
 def rollout(policy, c, split, first, count):
@@ -185,7 +183,6 @@ def draw_film(films, path, size=150, head=42):
         pages.append(page.quantize(128))
     pages[0].save(path, save_all=True, append_images=pages[1:], duration=200, loop=0)
 
-
 # ------------------------------------------------------------------------ one image, several seeds
 @dataclass(kw_only=True)
 class PredictConfig:
@@ -195,10 +192,8 @@ class PredictConfig:
 
 def predict(c):
     """Print the latent action, or the robot's, for one picture and instruction"""
-    try:
+    with common.refuse(f"--image {c.image}: cannot be read", (OSError, ValueError, SyntaxError)):
         image = np.asarray(Image.open(c.image).convert("RGB"))
-    except (OSError, ValueError) as error:
-        common.fail(f"--image {c.image}: cannot be read: {error}")
     policy, began = Policy(c.policy, "policy", ("pretrain", "finetune")), time.time()
     (answer,) = policy([image], [c.instruction])
     what = "latent action" if policy.kind == LATENT else "action" if policy.edges else "action bins"

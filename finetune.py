@@ -18,7 +18,7 @@ import torch
 
 import common
 import data
-from model import ACTION, VLA, VLAConfig
+from model import ACTION, VLAConfig, build_vla
 
 @dataclass(kw_only=True)
 class FinetuneConfig(common.TrainConfig):
@@ -66,7 +66,7 @@ def choose_bins(c, meta, few):
 
 def train(c):
     processes = common.Processes()
-    mine = processes.share(c.batch)
+    mine = processes.share(c)
     weights, meta = common.load_checkpoint(c.init_from, "init_from", ("pretrain",))
     tokenizer, shape = data.read_tokenizer(c.init_from), meta["model"]
     vqgan = data.load_vqgan(c.init_from, "init_from", processes.device, shape)
@@ -77,15 +77,15 @@ def train(c):
     edges = choose_bins(c, meta, few)
     torch.manual_seed(c.seed)
     with common.refuse(f"--init_from {c.init_from}"):
-        model = VLA(VLAConfig(**{**shape, "latent_vocab": 0,
-                                 "action_vocab": shape["action_vocab"] or c.bins}))
+        model = build_vla(VLAConfig(**{**shape, "latent_vocab": 0,
+                                       "action_vocab": shape["action_vocab"] or c.bins}))
+        processes.shard(model, c, model.layers)
         fresh = model.adopt(weights, data.opening_tags(tokenizer) if c.like_tag else None)
     processes.say(f"inherited {c.init_from} (pretrained on {meta['labels']} labels, step "
                   f"{meta['step']}); fresh: {', '.join(fresh) or 'nothing'}; bins a dimension: "
                   f"{', '.join(str(max(1, len(e) - 1)) for e in edges)}")
     run = common.Run(c, processes, "finetune", model.config, data=dataset.fingerprint,
                      labelled=c.labelled, init_from=common.fingerprint(c.init_from))
-    processes.shard(model)
     model.action_embed.weight.requires_grad_(not c.freeze_table)
     groups = model.parameter_groups(c.lr, c.head_lr, fresh, c.freeze_vision)
     optimizer = common.make_optimizer(groups, betas=(0.9, 0.95), weight_decay=0.0)
@@ -96,24 +96,22 @@ def train(c):
     files = {"tokenizer.json": tokenizer.to_str()}
     if vqgan:
         meta["vqgan"], files["vqgan.safetensors"] = vqgan.config.__dict__, vqgan.file
-    run.restore(model, optimizer, meta, files)
+    bins = [data.to_bins(e.actions, edges) for e in few]
+    which = lambda step: data.draw(c.seed, step, c.batch, [len(b) for b in bins])[mine]
+    run.restore(model, optimizer, meta, files, lambda step: [few[e].id for e, _ in which(step)])
     if vqgan and not c.shift:  # shifted pictures are tokenised as they come, others once
         data.add_codes(few, vqgan, processes)
-    processes.say(f"{len(few)} labelled episodes, {len(known)} actions of width {len(edges)}, "
-                  f"{processes.device}")
+    processes.say(f"{len(few)} labelled episodes, {len(known)} actions, {processes.device}")
 
     sequences = data.Sequences(tokenizer, model.config.image_tokens, meta["template"], c.length,
                                c.official_cut)
-    bins = [data.to_bins(e.actions, edges) for e in few]
-    def rows(step):
-        which = data.draw(c.seed, step, c.batch, [len(b) for b in bins])[mine]
-        return sequences.batch(few, bins, ACTION, which, processes.device)
+    rows = lambda step: sequences.batch(few, bins, ACTION, which(step), processes.device)
     for step, batch in run.loop("rows", data.stream(rows, run.start, c.steps)):
         batch = data.augment(batch, c.shift, vqgan, c.batch, mine)
-        loss, right = loss_of(model, batch, c.soft_bins)
-        loss.backward()
+        loss, right = processes.backward(
+            model, c, lambda part: loss_of(model, part, c.soft_bins), batch, run.culprits)
         norm = common.optimizer_step(optimizer, processes, c, step)
-        run.end_step({"loss": loss.detach(), "accuracy": right, "grad_norm": norm})
+        run.end_step({"loss": loss, "accuracy": right, "grad_norm": norm})
     run.finish()
 
 if __name__ == "__main__":

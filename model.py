@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import load_strictly
+from common import load_strictly, put, whole
 
 # ------------------------------------------------------------------------ stage 1: LAQ
 @dataclass
@@ -130,6 +130,20 @@ class Layer(nn.Module):
         self.ff = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 2 * inner, bias=False), GEGLU(),
                                 nn.Linear(inner, dim, bias=False))
 
+    def forward(self, x, grid, over_time=False, misread=False, bias=None, context=None):
+        B, T, N, D = x.shape
+        if misread:  # the quirk: memory laid out as (N, T) is taken for (T, N)
+            memory = x.transpose(1, 2).reshape(B, T, N, D)
+            x = x + self.peg(memory, grid).reshape(B, N, T, D).transpose(1, 2)
+        else:
+            x = x + self.peg(x, grid)
+        rows = x.transpose(1, 2).flatten(0, 1) if over_time else x.flatten(0, 1)
+        rows = rows + self.attention(rows, bias=bias)  # (B N) T D over time, else (B T) N D
+        if self.cross is not None:
+            rows = rows + self.cross(rows, context)
+        rows = rows + self.ff(rows)
+        return rows.unflatten(0, (B, N)).transpose(1, 2) if over_time else rows.unflatten(0, (B, T))
+
 class Transformer(nn.Module):
     """`depth` layers and a closing norm, attending over space or over time. [B, T, N, D]"""
 
@@ -141,20 +155,8 @@ class Transformer(nn.Module):
         self.norm_out = nn.LayerNorm(c.dim, bias=False)
 
     def forward(self, x, bias=None, context=None):
-        B, T, N, D = x.shape
         for layer in self.layers:
-            if self.misread:  # the quirk: memory laid out as (N, T) is taken for (T, N)
-                memory = x.transpose(1, 2).reshape(B, T, N, D)
-                x = x + layer.peg(memory, self.grid).reshape(B, N, T, D).transpose(1, 2)
-            else:
-                x = x + layer.peg(x, self.grid)
-            rows = x.transpose(1, 2).flatten(0, 1) if self.over_time else x.flatten(0, 1)
-            rows = rows + layer.attention(rows, bias=bias)  # (B N) T D over time, else (B T) N D
-            if layer.cross is not None:
-                rows = rows + layer.cross(rows, context)
-            rows = rows + layer.ff(rows)
-            x = rows.unflatten(0, (B, N)).transpose(1, 2) if self.over_time else \
-                rows.unflatten(0, (B, T))
+            x = layer(x, self.grid, self.over_time, self.misread, bias, context)
         return self.norm_out(x)
 
 class PositionBias(nn.Module):
@@ -294,6 +296,8 @@ class LAQ(nn.Module):
         self.quantizer = Quantizer(c)
         self.decoder = Transformer(c, c.decoder_depth, cross=True)
         self.to_pixels = nn.Linear(c.dim, pixels)
+        self.blocks = [layer for part in (self.spatial_encoder, self.temporal_encoder, self.decoder)
+                       for layer in part.layers]
         if c.residual:  # begin with "nothing moves"
             nn.init.zeros_(self.to_pixels.weight)
             nn.init.zeros_(self.to_pixels.bias)
@@ -328,7 +332,7 @@ class LAQ(nn.Module):
         -> loss (scalar), d [B, K, Q], indices [B, K]"""
         bias = self.position_bias()
         tokens = self.patches(pair)
-        d = self.encode(tokens if seen is None else self.patches(seen), bias)
+        d = self.encode(tokens if seen is None else self.patches(seen), bias).float()
         indices = self.quantizer.nearest(d)
         value = self.quantizer.substitute(d, indices, noise)
         # The decoder must not shape the patch embedding: official code detaches here.
@@ -345,7 +349,6 @@ class LAQ(nn.Module):
         """World model: x_t [B, 3, H, W] and codes int [B, K] -> predicted x_{t+H} [B, 3, H, W]"""
         first = self.patches(frame[:, None])
         return self.decode(frame, first, self.quantizer.codebook[codes], self.position_bias())
-
 
 # ------------------------------------------------------------------------ stages 2 and 3: VLA
 VOCABULARIES = "text", "vision", "latent", "action"
@@ -519,6 +522,7 @@ class VLA(nn.Module):
         loss = (losses / count[row]).sum() / (count > 0).sum().clamp(min=1)
         return loss, (logits.argmax(-1) == target).float().mean()
 
+    @torch.no_grad()
     def adopt(self, weights, tags=None):
         """Take over another model's tensors by name; latent and action tables and heads that it
         does not have stay fresh, those this model lacks are dropped.  -> fresh names
@@ -531,12 +535,13 @@ class VLA(nn.Module):
         load_strictly(self, {n: w for n, w in weights.items() if n not in shed}, fresh)
         for kind, name in ((LATENT, "latent_embed.weight"), (ACTION, "action_embed.weight")):
             if tags and name in fresh:
-                with torch.no_grad():
-                    text, rows = self.text_embed.weight, self.get_parameter(name)
-                    rows[:] = text[tags[kind]]
-                    if "latent_embed.weight" in shed:
-                        text[tags[kind]] = text[tags[LATENT]]
-                        rows[:] = weights["latent_embed.weight"].mean(0)
+                text, table = whole(self.text_embed.weight).clone(), self.get_parameter(name)
+                row = text[tags[kind]].clone()
+                if "latent_embed.weight" in shed:
+                    text[tags[kind]] = text[tags[LATENT]]
+                    row = weights["latent_embed.weight"][:].mean(0)
+                put(self.text_embed.weight, text)
+                put(table, row.expand(table.shape))
         return fresh
 
     @torch.no_grad()
@@ -558,6 +563,11 @@ class VLA(nn.Module):
             answer = answer * ((answer == 2).cumsum(1) - (answer == 2).long() == 0)
         return answer
 
+def build_vla(config):
+    """A VLA; from some 1e9 parameters on without memory, which Processes.shard then gives it"""
+    large = 12 * config.layers * config.dim**2 > 1e9
+    with torch.device("meta" if large else "cpu"):
+        return VLA(config)
 
 # ------------------------------------------------------------------------ the VLA's images: VQGAN
 @dataclass

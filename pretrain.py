@@ -26,7 +26,7 @@ from tqdm import tqdm
 import common
 import data
 import quantize
-from model import ACTION, LAQ, LATENT, TEXT, VLA, LAQConfig, VLAConfig
+from model import ACTION, LAQ, LATENT, TEXT, LAQConfig, VLAConfig, build_vla
 
 KINDS = {"latent": LATENT, "action": ACTION, "idm": ACTION, "caption": TEXT}
 NEXT = 0.0  # a window of 0 s reaches to the next frame
@@ -87,7 +87,6 @@ def loss_of(model, rows, kind, soft=0.0, official_text_mask=False):
     loss, right = model.answer_loss(hidden, rows, kind, soft if kind == ACTION else 0.0)
     return 0.99 * loss + 0.01 * text, right
 
-
 # ------------------------------------------------------------------------ labels
 @torch.no_grad()
 def invert(idm, scale, episodes):
@@ -112,7 +111,7 @@ def train_inverse_dynamics(c, processes, few):
     known = np.concatenate([e.actions for e in few])
     width = encoder.config.code_len * encoder.config.quant_dim
     idm = nn.ModuleDict({"encoder": encoder, "head": nn.Linear(width, known.shape[1])})
-    processes.shard(idm)
+    idm.to(processes.device)
     scale = torch.from_numpy(np.stack([known.mean(0), known.std(0) + 1e-6])).to(processes.device)
     params = [p for n, p in idm.named_parameters() if "decoder" not in n and "to_pixels" not in n]
     optimizer = common.make_optimizer([{"params": params, "lr": 1e-3}])
@@ -167,32 +166,36 @@ def answers_for(c, processes, dataset, train_set, held_out):
         kept = {"bins": [list(e) for e in edges]}
     return answers[:len(train_set)], answers[len(train_set):], kept
 
-
 # ------------------------------------------------------------------------ training
 def build_model(c, kind, dataset, processes):
     """A fresh VLA, or --init_from's -> model, tokenizer, names of fresh tensors"""
     vocabularies = {"latent_vocab": c.latent_vocab, "action_vocab": c.bins if kind == ACTION else 0}
+    torch.manual_seed(c.seed)
     if not c.init_from:
         tokenizer = data.dataset_tokenizer(dataset)
         shape = {f.name: getattr(c, f.name) for f in fields(VLAConfig)}
         shape.update(vocabularies, text_vocab=tokenizer.get_vocab_size())
         with common.refuse("network"):
-            return VLA(VLAConfig(**shape)), tokenizer, []
+            model = build_vla(VLAConfig(**shape))
+        processes.shard(model, c, model.layers)
+        return model, tokenizer, []
     weights, meta = common.load_checkpoint(c.init_from, "init_from", ("pretrain",))
     tokenizer = data.read_tokenizer(c.init_from)
     with common.refuse(f"--init_from {c.init_from}"):
-        model = VLA(VLAConfig(**{**meta["model"], **vocabularies}))
+        model = build_vla(VLAConfig(**{**meta["model"], **vocabularies}))
+        processes.shard(model, c, model.layers)
         fresh = model.adopt(weights, data.opening_tags(tokenizer) if c.like_tag else None)
     processes.say(f"inherited {c.init_from} (step {meta['step']}); fresh: "
                   f"{', '.join(fresh) or 'nothing'}")
     return model, tokenizer, fresh
 
 @torch.no_grad()
-def validate(model, rows, lengths, kind, batch, soft):
+def validate(model, c, kind, rows, lengths, processes):
     """Loss and accuracy on 256 frames of the held-out episodes, the same ones every time"""
     which = data.draw(0, 0, 256, lengths)
-    results = [loss_of(model, rows(which[at:at + batch]), kind, soft)
-               for at in range(0, len(which), batch)]
+    with processes.autocast(c):
+        results = [loss_of(model, rows(which[at:at + c.batch]), kind, c.soft_bins)
+                   for at in range(0, len(which), c.batch)]
     loss, right = (float(sum(values) / len(values)) for values in zip(*results))
     return {"val_loss": loss, "val_accuracy": right}
 
@@ -202,7 +205,7 @@ def train(c, given):
     if c.labels == "latent" and not c.laq:
         common.fail("--labels latent needs --laq, the quantize run that made them")
     processes, kind = common.Processes(), KINDS[c.labels]
-    mine = processes.share(c.batch)
+    mine = processes.share(c)
     for name in sorted(given & {"text_vocab", "latent_vocab", "action_vocab"}):
         common.fail(f"--{name}: follows from the tokenizer, the labels or --bins")
     origin = None
@@ -223,7 +226,6 @@ def train(c, given):
         data.add_codes(held_out if c.shift else train_set + held_out, vqgan, processes)
     answers, held_answers, kept = answers_for(c, processes, dataset, train_set, held_out)
     c.latent_vocab = kept.get("codebook_size", 0)
-    torch.manual_seed(c.seed)
     model, tokenizer, fresh = build_model(c, kind, dataset, processes)
     sequences = data.Sequences(tokenizer, model.config.image_tokens, c.template, c.length,
                                c.official_cut)
@@ -231,30 +233,31 @@ def train(c, given):
                      labels=c.labels, laq=kept.get("laq"), window=kept.get("window"),
                      init_from=origin, labelled=[c.labelled_data, c.labelled_where, c.labelled,
                                                  c.idm_steps])
-    processes.shard(model)
     groups = model.parameter_groups(c.lr, c.head_lr, fresh, c.freeze_vision and c.init_from)
     optimizer = common.make_optimizer(groups, betas=(0.9, 0.95), weight_decay=0.0)
     meta = {"labels": c.labels, "template": c.template, **kept}
     files = {"tokenizer.json": tokenizer.to_str()}
     if vqgan:
         meta["vqgan"], files["vqgan.safetensors"] = vqgan.config.__dict__, vqgan.file
-    run.restore(model, optimizer, meta, files)
     lengths, held_lengths = [len(a) for a in answers], [len(a) for a in held_answers]
+    which = lambda step: data.draw(c.seed, step, c.batch, lengths)[mine]
+    run.restore(model, optimizer, meta, files,
+                lambda step: [train_set[e].id for e, _ in which(step)])
     processes.say(f"VLA of {common.count_parameters(model):,} parameters predicts {c.labels} on "
                   f"{sum(lengths)} frames of {len(train_set)} episodes, {processes.device}")
 
     def rows(which, episodes=train_set, answers=answers):
         return sequences.batch(episodes, answers, kind, which, processes.device)
     held_rows = lambda which: rows(which, held_out, held_answers)
-    batches = data.stream(lambda step: rows(data.draw(c.seed, step, c.batch, lengths)[mine]),
-                          run.start, c.steps)
+    batches = data.stream(lambda step: rows(which(step)), run.start, c.steps)
     for step, batch in run.loop("rows", batches):
         batch = data.augment(batch, c.shift * (kind != TEXT), vqgan, c.batch, mine)
-        loss, right = loss_of(model, batch, kind, c.soft_bins, c.official_text_mask)
-        loss.backward()
+        loss, right = processes.backward(
+            model, c, lambda part: loss_of(model, part, kind, c.soft_bins, c.official_text_mask),
+            batch, run.culprits)
         norm = common.optimizer_step(optimizer, processes, c, step)
-        run.end_step({"loss": loss.detach(), "accuracy": right, "grad_norm": norm},
-                     lambda: validate(model, held_rows, held_lengths, kind, c.batch, c.soft_bins)
+        run.end_step({"loss": loss, "accuracy": right, "grad_norm": norm},
+                     lambda: validate(model, c, kind, held_rows, held_lengths, processes)
                      if held_out else {})
     run.finish()
 

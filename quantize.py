@@ -52,31 +52,29 @@ PRESETS = {
     "lapa": {},
 }
 
-
 # ------------------------------------------------------------------------ training
 def replacement_due(step, official=False):
-    """Dead codes are replaced often at first, then every 50 steps for as long as training lasts;
-    officially every 100, then 500 steps, until step 5000"""
+    """Dead codes are replaced often at first, then every 50 steps; officially until step 5000"""
     if official:
         return 0 < step <= 5000 and step % (10 if step < 100 else 100 if step < 1000 else 500) == 0
     return step > 0 and step % (10 if step < 100 else 50) == 0
 
-def train_step(model, optimizer, processes, c, step, pair):
+def train_step(model, optimizer, processes, c, step, pair, who=str):
     """One optimization step on this process's pairs [B, 2, 3, H, W] in [0, 1] -> numbers to log"""
-    mine = processes.share(c.batch)
+    mine = processes.share(c)
     # Codes first have to help the decoder at all: the shift grows once they begin to.
     grown = (step - c.shift_from + 1) / max(1, c.shift_until - c.shift_from)
     share = c.shift * min(1.0, max(0.0, grown))
     seen = data.random_shift(pair, share, c.batch, mine) if share else None
     noise = torch.randn(c.batch, c.code_len, c.quant_dim)[mine].to(pair.device)
-    loss, d, indices = model(pair, seen, noise)
-    loss.backward()
+    loss, d, indices = processes.backward(model, c, lambda part: model(**part),
+                                          {"pair": pair, "seen": seen, "noise": noise}, who)
     norm = common.optimizer_step(optimizer, processes, c, step)
     d, indices = processes.gather(d.detach()), processes.gather(indices)
     model.quantizer.count(d, indices, c.codebook_pull)
     if replacement_due(step + 1, c.official_counting):
         model.quantizer.replace_dead(d, c.replace_below)
-    return {"loss": loss.detach(), "codes": len(indices.unique()), "grad_norm": norm}
+    return {"loss": loss, "codes": len(indices.unique()), "grad_norm": norm}
 
 def make_optimizer(model, c):
     codebook = model.quantizer.codebook
@@ -91,31 +89,31 @@ def train(c):
     torch.manual_seed(c.seed)
     with common.refuse("network"):
         model = LAQ(shape)
-    mine = processes.share(c.batch)
+    mine = processes.share(c)
     dataset = data.open_dataset(c.data, c.image_size, c.where)
     train_set, held_out = dataset.split(c.held_out)
     run = common.Run(c, processes, "quantize", shape, data=dataset.fingerprint, window=c.window)
-    processes.shard(model)
+    processes.shard(model, c, model.blocks, whole=[model.quantizer.codebook])
     optimizer = make_optimizer(model, c)
-    run.restore(model, optimizer, {"window": c.window})
+    lengths = [len(e.frames) for e in train_set]
+    which = lambda step: data.draw(c.seed, step, c.batch, lengths)[mine]
+    run.restore(model, optimizer, {"window": c.window}, {},
+                lambda step: [train_set[e].id for e, _ in which(step)])
     processes.say(f"LAQ of {common.count_parameters(model):,} parameters, {len(train_set)} "
                   f"episodes to learn from, {len(held_out)} held out, {processes.device}")
 
-    lengths = [len(e.frames) for e in train_set]
-    def batch(step):
-        which = data.draw(c.seed, step, c.batch, lengths)[mine]
-        return data.to_float(data.frame_pairs(train_set, which, c.window))
-
+    batch = lambda step: data.to_float(data.frame_pairs(train_set, which(step), c.window))
     for step, pair in run.loop("pairs", data.stream(batch, run.start, c.steps)):
-        run.end_step(train_step(model, optimizer, processes, c, step, pair.to(processes.device)))
+        run.end_step(train_step(model, optimizer, processes, c, step, pair.to(processes.device),
+                                run.culprits))
     summary, files = {}, []
     if processes.main:
+        model, _ = load_laq(run.out, "out")
         files = [write_labels(model, run.found, dataset, c.window, run.out / "labels.safetensors")]
         if held_out:
             summary, more = report(model, train_set, held_out, c.window, run.out, c.seed)
             files += more
     run.finish(summary, files)
-
 
 # ------------------------------------------------------------------------ labels, report card
 def label(model, episodes, window, batch=256):
@@ -227,7 +225,6 @@ def draw_atlas(model, starts, codes, path, most=8):
         same = torch.from_numpy(z).to(starts.device).expand(len(starts), -1)
         columns[" ".join(map(str, z))] = model.imagine(starts, same)
     contact_sheet(columns, path)
-
 
 # ------------------------------------------------------------------------ more videos
 @dataclass

@@ -261,7 +261,6 @@ OUTLINES = (  # distance inside the outline of each block: circle, square, trian
     lambda dx, dy: np.minimum(0.045 - dy, 0.045 + 0.5 * dy - 0.866 * np.abs(dx)),
     lambda dx, dy: BLOCK_RADIUS * (0.86 + 0.3 * np.cos(5 * np.arctan2(dx, -dy))) - np.hypot(dx, dy))
 
-
 # ------------------------------------------------------------------------ datasets
 def record(o, folder):
     """Record the scripted expert; failures are dropped: every video shows its instruction."""

@@ -214,9 +214,11 @@ def test_two_processes_train_one_checkpoint(start, make_dataset, tmp_path):
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 4
     processes = common.Processes()
     processes.world, processes.rank = 2, 1
-    assert processes.share(8) == slice(4, 8)
+    c = quantize.QuantizeConfig(data="", out="", batch=8)
+    assert processes.share(c) == slice(4, 8)
+    c.accumulate = 3
     with pytest.raises(SystemExit):
-        processes.share(7)
+        processes.share(c)
 
 
 # ---------------------------------------------------------------- the VLA

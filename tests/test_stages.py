@@ -20,6 +20,8 @@ import finetune
 import pretrain
 import quantize
 from conftest import ROOT
+from model import LAQConfig
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 SHORT = "--preset tiny --steps 2 --batch 8 --log_every 1"
 PRETRAIN = f"pretrain.py {SHORT} --data DIR/table --held_out 2 --init_from DIR/base"
@@ -280,18 +282,34 @@ def test_help_of_the_stages(module, inside, capsys):
 
 
 # ---------------------------------------------------------------- checkpoints and resuming
+def training_state(checkpoint):
+    dcp_to_torch_save(checkpoint / "training", checkpoint / "x.pt")
+    return torch.load(checkpoint / "x.pt")
+
+
+def make_run(out, **more):
+    """A Run of a network of one weight, and that network"""
+    c = quantize.QuantizeConfig(data="", out=str(out), steps=10**6, save_every=1, **more)
+    net = torch.nn.Linear(2, 1, bias=False)
+    run = common.Run(c, common.Processes(), "quantize", LAQConfig())
+    optimizer = common.make_optimizer([{"params": list(net.parameters()), "lr": 0.1}])
+    run.restore(net, optimizer, {}, {"words.json": "[]"}, lambda step: [])
+    return run, net
+
+
 def test_checkpoints_are_whole_pointed_at_and_pruned(tmp_path, capsys):
     out = tmp_path / "run"
-    (out / ".step_00000003.1.2").mkdir(parents=True)  # what a killed process leaves
+    run, net = make_run(out, keep=2)
+    (out / ".step_00000003.draft").mkdir(parents=True)  # what a killed process leaves
     for step in (1, 2, 4):
-        common.save_checkpoint(out, step, {"w": torch.full((2,), step)},
-                               {"stage": "quantize", "model": {}}, {"words.json": "[]"},
-                               {"n": step})
+        net.weight.data.fill_(step)
+        run.save(step)
         assert common.latest(out).name == f"step_0000000{step}"
-    assert sorted(p.name for p in out.iterdir()) == ["latest", "step_00000004"]
+    assert sorted(p.name for p in out.iterdir()) == ["latest", "metrics.jsonl", "step_00000002",
+                                                     "step_00000004"]
     for path in (out, out / "step_00000004"):
         tensors, meta = common.load_checkpoint(path, "laq", ("quantize",))
-        assert tensors["w"].tolist() == [4, 4] and meta["step"] == 4
+        assert tensors["weight"][:].tolist() == [[4, 4]] and meta["step"] == 4
     assert (out / "step_00000004/words.json").read_text() == "[]"
 
     def refused(words, stage=("quantize",)):
@@ -309,14 +327,12 @@ def test_checkpoints_are_whole_pointed_at_and_pruned(tmp_path, capsys):
 @pytest.mark.parametrize("line", [
     "quantize.py --data DIR/table --held_out 2 --preset tiny", f"{PRETRAIN} --laq DIR/laq",
     f"{FINETUNE} --init_from DIR/latent"], ids=lambda line: line.split(".")[0])
-def test_resuming_changes_nothing(runs, inside, tmp_path, line, monkeypatch):
+def test_resuming_changes_nothing(runs, inside, tmp_path, line):
     """4 steps in one go equal a run that was killed after its checkpoint of step 2 and resumed."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     line = line.replace("DIR", str(runs[0])).split() + \
-        "--steps 4 --batch 8 --save_every 2 --log_every 1 --resume true --out".split()
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", lambda *a, **k: None)  # step 2 is not pruned
-        assert inside(*line, whole) == 0
+        "--steps 4 --batch 8 --save_every 2 --log_every 1 --keep 2 --resume true --out".split()
+    assert inside(*line, whole) == 0
     shutil.copytree(whole / "step_00000002", killed / "step_00000002")
     shutil.copy(whole / "metrics.jsonl", killed)  # it had logged more than it had saved
     (killed / "latest").write_text("step_00000002\n")
@@ -325,11 +341,14 @@ def test_resuming_changes_nothing(runs, inside, tmp_path, line, monkeypatch):
         whole / "step_00000002", whole / "step_00000004", killed / "step_00000004"))
     assert any(not torch.equal(w, early[name]) for name, w in one.items())
     assert all(torch.equal(w, two[name]) for name, w in one.items())
-    one, two = (torch.load(r / "step_00000004/training.pt")["optimizer"] for r in (whole, killed))
+    one, two = (training_state(run / "step_00000004")["optimizer"] for run in (whole, killed))
+    assert one["state"].keys() <= two["state"].keys() and one["state"]
     for key, state in one["state"].items():
         assert all(torch.equal(v, two["state"][key][k]) for k, v in state.items())
-    log = [json.loads(x)["step"] for x in (killed / "metrics.jsonl").read_text().splitlines()]
-    assert log == [1, 2, 3, 4]
+    one, two = ([json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
+                for run in (whole, killed))
+    assert [row["step"] for row in two] == [1, 2, 3, 4]
+    assert [row["loss"] for row in one] == [row["loss"] for row in two]
 
 
 def test_product_files_are_short():
