@@ -17,11 +17,11 @@ RUN := $(if $(filter 1,$(NPROC)),$(PY),.venv/bin/torchrun --nproc_per_node $(NPR
 SAME = --preset $(PRESET) --seed $(SEED) --resume true
 FROM = $(if $(BASE),--init_from $(BASE))
 
-.PHONY: all help setup data base quantize pretrain finetune scratch evaluate table test clean
+.PHONY: all help setup data base quantize pretrain finetune scratch evaluate table test bench clean
 all: $(if $(BUILTIN),evaluate,finetune)
 
 help:
-	@echo "make [setup|data|quantize|pretrain|finetune|evaluate|table|test|clean]"
+	@echo "make [setup|data|quantize|pretrain|finetune|evaluate|table|test|bench|clean]"
 	@echo "with DATA=$(DATA) OUT=$(OUT) PRESET=$(PRESET) NPROC=$(NPROC) SEED=$(SEED) ARGS='--steps 500'"
 
 setup: .venv/ready
@@ -126,6 +126,9 @@ table: data data/human/episodes.jsonl
 # ------------------------------------------------------------------ housekeeping
 test: | .venv/ready
 	$(PY) -m pytest -q tests
+
+bench: | .venv/ready
+	$(PY) -m tests.bench
 
 clean:
 	rm -rf data/tabletop data/human data/scenes runs/demo runs/table .cache

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import hashlib
 import inspect
@@ -135,12 +136,14 @@ class Processes:
 
     def __init__(self):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        gpu = torch.cuda.is_available()
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        self.device = torch.device("cuda", local) if gpu else torch.device("cpu")
+        self.device, gpu = torch.device("cpu"), torch.cuda.is_available()
         if gpu:
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
             torch.backends.cuda.matmul.allow_tf32 = True
+        else:  # keep freed memory: fresh pages cost a seventh of a large model's step
+            for option, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
+                getattr(ctypes.CDLL(None), "mallopt", max)(option, value)  # glibc has it
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(minutes=10))
         self.main = self.rank == 0

@@ -274,8 +274,8 @@ def from_hugging(path, c):
                         layers=count(source, r"model\.layers\.(\d+)\."), **known)
     return config, matched(VLA, config, source, partial(hugging_name, heads=config.heads))
 
-def to_hugging(folder, out):
-    """The text part of a VLA checkpoint -> what transformers.LlamaForCausalLM loads"""
+def to_hugging(folder):
+    """A VLA's text part for transformers.LlamaForCausalLM -> (name, read) pairs, config, files"""
     folder, meta = common.open_checkpoint(folder, "source", ("pretrain", "finetune"))
     config = VLAConfig(**meta["model"])
     tensors = []
@@ -284,11 +284,11 @@ def to_hugging(folder, out):
             theirs, _, take = hugging_name(name, (), config.heads, back=False)
             tensors.append((theirs, partial(take, read)))
     settings = {theirs: getattr(config, ours) for ours, theirs in HUGGING_SETTINGS.items()}
-    write(out, tensors, settings | {
+    return tensors, settings | {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
         "num_key_value_heads": config.heads, "max_position_embeddings": 4096, "bos_token_id": 1,
-        "eos_token_id": 2, "tie_word_embeddings": False},
-        {p.name: p for p in folder.glob("tokenizer.json")})
+        "eos_token_id": 2, "tie_word_embeddings": False}, {
+        p.name: p for p in folder.glob("tokenizer.json")}
 
 # ------------------------------------------------------------------------ VQGAN: a pickle
 VQGAN_KEYS = (  # ours -> official
@@ -464,13 +464,6 @@ def tokenizer_from(path):
     return tokenizer.to_str()
 
 # ------------------------------------------------------------------------ command line
-def write(out, tensors, meta, files):
-    """A folder as common.write_checkpoint makes it, of (name, read) pairs, read() -> tensor"""
-    bar = tqdm(tensors, "tensors", mininterval=1.0)
-    with common.atomically(out) as draft:
-        common.write_checkpoint(draft, ((name, read()) for name, read in bar), meta, files)
-    print(f"wrote {out}/: " + ", ".join(sorted(p.name for p in Path(out).iterdir())))
-
 def kind_of(path):
     """What an official file holds: vqgan, stream, hugging, laq, tokenizer or edges"""
     if path.is_dir() or path.suffix == ".safetensors":
@@ -501,7 +494,8 @@ def convert(c):
     for path in map(Path, c.source):
         with common.refuse(f"{path}", broken):
             if c.to == "hf":
-                return to_hugging(path, c.out)
+                models[path], meta, files = to_hugging(path)
+                break
             kind = kind_of(path)
             if kind == "laq":
                 config, models[path] = from_laq(path, c)
@@ -521,14 +515,17 @@ def convert(c):
                 meta["bins"] = read_edges(path)
     if len(models) > 1 or not models and "vqgan" not in meta:
         common.fail(f"{' '.join(c.source)}: expected one model among them, found {len(models)}")
-    meta = {"stage": "vqgan", "model": {}} | meta
-    if "vqgan" in meta and models:
+    if not c.to:
+        meta = {"stage": "vqgan", "model": {}} | meta
+    if "vqgan" in meta and "vision_vocab" in meta["model"]:
         meta["model"]["patch_size"] = 2 ** (len(meta["vqgan"]["multipliers"]) - 1)
     most = max(map(len, meta.get("bins", [[]])), default=0) - 1
     if "bins" in meta and not 0 <= most <= meta["model"].get("action_vocab", 0):
         common.fail(f"{' '.join(c.source)}: {most} action bins do not fit the model")
-    with common.refuse(f"{c.out}", broken):
-        write(c.out, next(iter(models.values()), []), meta, files)
+    bar = tqdm(next(iter(models.values()), []), "tensors", mininterval=1.0)
+    with common.refuse(f"{c.out}", broken), common.atomically(c.out) as draft:
+        common.write_checkpoint(draft, ((name, read()) for name, read in bar), meta, files)
+    print(f"wrote {c.out}/: " + ", ".join(sorted(p.name for p in Path(c.out).iterdir())))
 
 if __name__ == "__main__":
     convert(common.parse_options(ConvertConfig, sys.argv[1:], positional=("source", "out"),

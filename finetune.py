@@ -44,8 +44,8 @@ PRESETS = {
     "tiny": dict(labelled=100, soft_bins=8.0, steps=150, batch=64, lr=4e-4, head_lr=10.0, warmup=10,
                  final_lr=0.1, shift=0.0625, like_tag=True, freeze_table=True),
     "base": dict(soft_bins=8.0, lr=1e-4, head_lr=4.0, warmup=50, final_lr=0.1, shift=0.0625,
-                 like_tag=True, freeze_table=True),
-    "lapa": dict(length=384),
+                 like_tag=True, freeze_table=True, bf16=True),
+    "lapa": dict(length=384, bf16=True),
 }
 
 def loss_of(model, rows, soft):
@@ -88,7 +88,7 @@ def train(c):
                      labelled=c.labelled, init_from=common.fingerprint(c.init_from))
     model.action_embed.weight.requires_grad_(not c.freeze_table)
     groups = model.parameter_groups(c.lr, c.head_lr, fresh, c.freeze_vision)
-    optimizer = common.make_optimizer(groups, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = common.make_optimizer(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=c.bf16)
     known = np.concatenate([e.actions for e in few])
     meta = {"labels": meta["labels"], "template": meta["template"],
             "bins": [list(e) for e in edges], "action_mean": known.mean(0).tolist(),

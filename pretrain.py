@@ -65,8 +65,8 @@ PRESETS = {
                  final_lr=0.1, soft_bins=8.0, shift=0.0625, like_tag=True, save_every=250),
     "base": dict(dim=768, layers=12, heads=12, mlp=2048, rope_theta=1e4, vision_vocab=0,
                  image_size=128, steps=20_000, lr=3e-4, head_lr=2.0, warmup=300, final_lr=0.1,
-                 soft_bins=8.0, shift=0.0625, like_tag=True),
-    "lapa": dict(template=data.OFFICIAL_TEMPLATE, length=384),
+                 soft_bins=8.0, shift=0.0625, like_tag=True, bf16=True),
+    "lapa": dict(template=data.OFFICIAL_TEMPLATE, length=384, bf16=True),
 }
 
 def loss_of(model, rows, kind, soft=0.0, official_text_mask=False):
@@ -234,7 +234,7 @@ def train(c, given):
                      init_from=origin, labelled=[c.labelled_data, c.labelled_where, c.labelled,
                                                  c.idm_steps])
     groups = model.parameter_groups(c.lr, c.head_lr, fresh, c.freeze_vision and c.init_from)
-    optimizer = common.make_optimizer(groups, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = common.make_optimizer(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=c.bf16)
     meta = {"labels": c.labels, "template": c.template, **kept}
     files = {"tokenizer.json": tokenizer.to_str()}
     if vqgan:

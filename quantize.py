@@ -48,8 +48,8 @@ PRESETS = {
     "base": dict(image_size=128, patch_size=16, dim=384, spatial_depth=4, temporal_depth=4,
                  decoder_depth=4, heads=6, quant_dim=16, codebook_init=0.1, residual=True,
                  shift=0.25, shift_from=500, shift_until=2000, steps=30_000, lr=5e-4,
-                 codebook_lr=0.1, codebook_pull=0.5, warmup=500, final_lr=0.1),
-    "lapa": {},
+                 codebook_lr=0.1, codebook_pull=0.5, warmup=500, final_lr=0.1, bf16=True),
+    "lapa": dict(bf16=True),
 }
 
 # ------------------------------------------------------------------------ training
@@ -81,7 +81,7 @@ def make_optimizer(model, c):
     rest = [p for p in model.parameters() if p is not codebook]
     return common.make_optimizer([{"params": rest, "lr": c.lr},
                                   {"params": [codebook], "lr": c.lr * c.codebook_lr}],
-                                 torch.optim.Adam, betas=(0.9, 0.99))
+                                 torch.optim.Adam, betas=(0.9, 0.99), fused=c.bf16)
 
 def train(c):
     processes = common.Processes()
