@@ -164,8 +164,8 @@ class Processes:
 
     def shard(self, model, c, blocks, whole=()):
         """Put a model on this process's device.  Among several processes each of its `blocks`, and
-        what is left, are sharded (FSDP2; c.bf16: computed in bfloat16, reduced in float32), but for
-        the parameters `whole`.  A model on the meta device begins with its init_weights."""
+        what is left, are sharded (FSDP2; on GPUs c.bf16 gathers them in bfloat16), but for the
+        parameters `whole`.  A model on the meta device begins with its init_weights."""
         for block in blocks:
             if c.checkpointing:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
@@ -175,8 +175,8 @@ class Processes:
         if not meta:
             model.to(self.device)
         if self.world > 1:
-            policy = MixedPrecisionPolicy(torch.bfloat16 if c.bf16 else None, torch.float32,
-                                          cast_forward_inputs=False)
+            half = torch.bfloat16 if c.bf16 and self.device.type == "cuda" else None
+            policy = MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False)
             for part in (*blocks, model):
                 fully_shard(part, mp_policy=policy, ignored_params=set(whole))
         if meta:
