@@ -505,10 +505,10 @@ class Run:
             for old in (final, *self.out.glob(".step_*")):  # left by a killed process
                 shutil.rmtree(old, ignore_errors=True)
         weights = ((name, whole(tensor)) for name, tensor in self.model.state_dict().items())
-        alone = atomically(final, "draft", durable=True) if main else \
+        place = atomically(final, "draft", durable=True) if main else \
             contextlib.nullcontext(self.out / f".{final.name}.draft")
         with refuse(f"{final}: not written, {self.found or 'nothing'} is the last checkpoint",
-                    (OSError, RuntimeError, SafetensorError, BROKEN)), alone as draft:
+                    (OSError, RuntimeError, SafetensorError, BROKEN)), place as draft:
             if main:
                 write_checkpoint(draft, weights, {**self.meta, "step": step}, self.files)
             for _ in weights:  # nothing is left for the main process, others take part

@@ -447,7 +447,7 @@ def from_bins(indices, edges):
     return np.stack(columns, -1)
 
 # ------------------------------------------------------------------------ words and sequences
-PAD, BOS, EOS, UNK = 0, 1, 2, 3
+PAD, BOS, EOS = 0, 1, 2
 OFFICIAL_TEMPLATE = ("<s> You are a helpful assistant. USER: What action should the robot take to "
                      "`{instruction}` ASSISTANT:")
 TAGS = {LATENT: ("<delta>", "</delta>"), ACTION: ("<action>", "</action>"), TEXT: ("", "")}

@@ -76,7 +76,7 @@ def open_policies(text):
     checkpoint or another action width than the table top's 2"""
     policies = {}
     for part in text.split(","):
-        name, equals, path = part.partition("=")
+        name, _, path = part.partition("=")
         if not (name and path) or name in policies:
             common.fail(f"--policies {part!r}: expected name=finetune run, each name once")
         policies[name] = path if path in ("expert", "random") else Policy(path)

@@ -49,8 +49,8 @@ def matmul_rate(dtype, size=2048):
 
 def row(name, count, unit, time_taken, flops=0, rate=0):
     share = f"{flops / time_taken / rate:.0%}" if flops else ""
-    print(f"| {name} | {count / time_taken:,.1f} {unit}/s | {1000 * time_taken:,.1f} ms | {share} |",
-          flush=True)
+    print(f"| {name} | {count / time_taken:,.1f} {unit}/s | {1000 * time_taken:,.1f} ms | "
+          f"{share} |", flush=True)
 
 def counted(work):
     """Operations of matrix products; the counter takes grouped convolutions for dense ones"""

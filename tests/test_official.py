@@ -506,13 +506,13 @@ def test_weights_that_do_not_belong_together_are_refused(inside, tmp_path, capsy
                   tmp_path / "whole", "--heads", 2) == 0
     capsys.readouterr()
     levels = len(json.loads((tmp_path / "other/config.json").read_text())["vqgan"]["multipliers"])
-    if 2 ** (levels - 1) != 16:  # the patch is the VQGAN's, so that the model reads more codes
-        meta = json.loads((tmp_path / "other/config.json").read_text())
-        assert meta["model"]["patch_size"] == 2 ** (levels - 1)
-        shutil.copy(tmp_path / "other/vqgan.safetensors", tmp_path / "whole")
-        whole = json.loads((tmp_path / "whole/config.json").read_text())
-        (tmp_path / "whole/config.json").write_text(json.dumps({**whole, "vqgan": meta["vqgan"]}))
-        refused(inside(*ask, tmp_path / "whole"), "pixels each do not fit")
+    assert levels == 3  # the patch is the VQGAN's: 4 pixels, not 16 as in e2e
+    meta = json.loads((tmp_path / "other/config.json").read_text())
+    assert meta["model"]["patch_size"] == 2 ** (levels - 1)
+    shutil.copy(tmp_path / "other/vqgan.safetensors", tmp_path / "whole")
+    whole = json.loads((tmp_path / "whole/config.json").read_text())
+    (tmp_path / "whole/config.json").write_text(json.dumps({**whole, "vqgan": meta["vqgan"]}))
+    refused(inside(*ask, tmp_path / "whole"), "pixels each do not fit")
     refused(inside(*ask, tmp_path / "text"), "predicts neither latent nor robot")
     refused(inside("convert.py", e2e / "params", text, out, "--heads", 2), "among them, found 2")
     refused(inside("convert.py", tmp_path / "blob", out), "blob")
