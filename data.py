@@ -101,18 +101,12 @@ def open_dataset(path, size, where="", actions_needed=False, official=False):
     if not rows and not problems:
         fail(f"{index}: no episode" + (f" with {where}" if where else ""))
 
-    def load(row):
-        bad = []
-        try:
-            episode = _load_episode(path, row, size, actions_needed, official, bad)
-        except Exception as error:  # a decoder's surprise is a defect of this episode
-            episode = bad.append(f"video: {type(error).__name__}: {error}")
-        return episode, [f"{index}: episode {row['id']!r}: field {text}" for text in bad]
-
+    load = lambda row: _load_episode(path, row, size, actions_needed, official)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         loaded = list(tqdm(pool.map(load, rows), total=len(rows), desc=f"frames of {path.name}",
                            disable=len(rows) < 2, leave=False, mininterval=0.5))
-    problems += [line for _, lines in loaded for line in lines]
+    problems += [f"{index}: episode {row['id']!r}: field {text}"
+                 for row, (_, bad) in zip(rows, loaded) for text in bad]
     episodes = [episode for episode, _ in loaded if episode is not None]
     widths = {e.id: e.actions.shape[1] for e in episodes if e.actions is not None}
     usual = mode(widths.values()) if widths else None
@@ -146,63 +140,55 @@ def _read_rows(index):
     return list(rows.values()), problems
 
 def _inside(root, text):
-    """A relative path that stays inside the dataset, or None"""
-    if isinstance(text, str) and text and not os.path.isabs(text) and ".." not in Path(text).parts:
-        return root / text
-    return None
+    """A path of the dataset, as episodes.jsonl gives it: relative, and never out of it"""
+    if not isinstance(text, str) or not text or os.path.isabs(text) or ".." in Path(text).parts:
+        raise ValueError("expected a path inside the dataset")
+    return root / text
 
-def _load_episode(root, row, size, actions_needed, official, bad):
-    """-> Episode; appends "field: text" to `bad` for each defect"""
-    instruction, fps, captions = row.get("instruction"), row.get("fps"), row.get("captions")
+def _load_episode(root, row, size, actions_needed, official):
+    """-> Episode (None where it has defects), and "field: text" of each defect"""
+    video, instruction, fps, captions = map(row.get, ("video", "instruction", "fps", "captions"))
     frames = key = actions = T = None
-    if not isinstance(instruction, str) or not instruction.strip():
-        bad.append(f"instruction: expected words, found {instruction!r}")
-    video = _inside(root, row.get("video"))
-    if video is None:
-        bad.append(f"video: expected a path inside the dataset, found {row.get('video')!r}")
-    elif not video.exists():
-        bad.append(f"video: {video} does not exist")
-    else:
-        try:
-            frames, key = cached_frames(video, size, official)
-            T = len(frames)
-            if fps is None and video.suffix != ".npy" and not video.is_dir():
-                fps = _probe_fps(video)
-        except (OSError, ValueError, SyntaxError) as error:  # PIL raises SyntaxError on broken PNGs
-            bad.append(f"video: {video} cannot be decoded: {error}")
-    if type(fps) not in (int, float) or not 0 < fps < np.inf:
-        bad.append(f"fps: expected frames a second, found {fps!r}")
-    if frames is not None:
-        if T < 2:
-            bad.append(f"video: {video} holds {T} frame, expected at least 2")
-        if row.get("frames", T) != T:
-            bad.append(f"frames: says {row['frames']!r}, but {video} holds {T}")
-        if captions is not None and not (isinstance(captions, list)
-                                         and [type(c) for c in captions] == [str] * T):
-            bad.append(f"captions: expected a list of {T} strings")
+    bad = []
+    try:
+        path = _inside(root, video)
+        frames, key = cached_frames(path, size, official)
+        T = len(frames)
+        if fps is None and path.is_file() and path.suffix != ".npy":
+            fps = _probe_fps(path)
+    except Exception as error:  # a decoder may raise anything
+        bad.append(f"video: {video!r} cannot be decoded: {type(error).__name__}: {error}")
     if row.get("actions") is not None:
-        actions = _load_actions(root, row["actions"], T, bad)
+        try:
+            actions = _load_actions(_inside(root, row["actions"]), T)
+        except Exception as error:
+            bad.append(f"actions: expected numbers [T-1 or T, A] in {row['actions']!r}: "
+                       f"{type(error).__name__}: {error}")
     elif actions_needed:
         bad.append("actions: missing, and this stage needs labelled episodes")
+    wanted = (
+        (isinstance(instruction, str) and instruction.strip(),
+         f"instruction: expected words, found {instruction!r}"),
+        (type(fps) in (int, float) and 0 < fps < 2**63,
+         f"fps: expected frames a second, found {fps!r}"),
+        (T is None or T > 1, f"video: {video} holds {T} frame, expected at least 2"),
+        (T is None or row.get("frames", T) == T,
+         f"frames: says {row.get('frames')!r}, but {video} holds {T}"),
+        (T is None or captions is None or
+         isinstance(captions, list) and [type(c) for c in captions] == [str] * T,
+         f"captions: expected a list of {T} strings"))
+    bad += [text for good, text in wanted if not good]
     return None if bad else Episode(row["id"], instruction.strip(), float(fps), row, frames,
-                                    actions, key)
+                                    actions, key), bad
 
-def _load_actions(root, text, T, bad):
-    path = _inside(root, text)
-    if path is None or not path.is_file():
-        return bad.append(f"actions: {path or text} does not exist inside the dataset")
-    try:
-        with LOADING:
-            actions = np.load(path).astype(np.float32, casting="same_kind")
-    except (OSError, ValueError, TypeError, EOFError, AttributeError) as error:
-        return bad.append(f"actions: {path} is no array of numbers: {error}")
-    expected = f"({T - 1} or {T}, A)" if T else "(T-1 or T, A)"
-    if actions.ndim != 2 or actions.shape[1] == 0 or \
-            (T is not None and len(actions) not in (T - 1, T)):
-        return bad.append(f"actions: {path} has shape {actions.shape}, expected {expected}")
+def _load_actions(path, T):
+    with LOADING:
+        actions = np.load(path).astype(np.float32, casting="same_kind")
+    if actions.ndim != 2 or actions.shape[1] == 0 or T and len(actions) not in (T - 1, T):
+        raise ValueError(f"found shape {actions.shape} for T = {T}")
     broken = np.flatnonzero(~np.isfinite(actions).all(1))
     if len(broken):
-        return bad.append(f"actions: {path} holds NaN or infinity, first in row {broken[0]}")
+        raise ValueError(f"found NaN or infinity, first in row {broken[0]}")
     return actions
 
 # ------------------------------------------------------------------------ frames and their codes
