@@ -312,7 +312,7 @@ def add_codes(episodes, vqgan, processes):
     frame cache, each process its share, under the VQGAN's hash"""
     mark = hashlib.sha256(vqgan.file.read_bytes()).hexdigest()[:12]
     path = lambda e: _cache(f"codes_{mark}_{e.frames.shape[1]}", e.key)
-    missing = [e for e in episodes if not path(e).is_file()][processes.rank::processes.world]
+    missing = [e for e in episodes[processes.rank::processes.world] if not path(e).is_file()]
     for e in tqdm(missing, "image codes", mininterval=1.0, leave=False, disable=not processes.main):
         codes = [vqgan.encode(to_float(np.array(e.frames[t:t + 16])).to(processes.device) * 2 - 1)
                  for t in range(0, len(e.frames), 16)]
