@@ -91,8 +91,6 @@ def open_dataset(path, size, where="", actions_needed=False, official=False):
     official: their frames are resized as LWM's VQGAN expects, not as the LAQ does."""
     path = Path(path)
     index = path / "episodes.jsonl"
-    if not index.is_file():
-        fail(f"{path}: no dataset there (expected {index})")
     rows, problems = _read_rows(index)
     conditions = [part.partition("=") for part in where.split(",") if part]
     if not all(name and value for name, _, value in conditions):
@@ -120,7 +118,7 @@ def open_dataset(path, size, where="", actions_needed=False, official=False):
 def _read_rows(index):
     """-> rows that are JSON objects, and the defects that need no decoding"""
     rows, problems = {}, []
-    with refuse(f"{index}"):
+    with refuse(f"{index.parent}: no dataset there (expected {index}, readable)"):
         lines = index.read_text(encoding="utf-8-sig").split("\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
