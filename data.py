@@ -195,7 +195,7 @@ def cached_frames(video, size, official=False):
     key that is its own in the cache.
 
     Decoded once into $LAPA_CACHE (default .cache here), one file an episode, which appears whole:
-    killed runs and two processes do no harm.  Raises OSError or ValueError when undecodable."""
+    killed runs and two processes do no harm.  Raises what its decoder does."""
     parts = [video]
     if video.is_dir():  # its pictures in natural order: img_2 before img_10
         natural = lambda p: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", p.name)]
@@ -217,9 +217,8 @@ def cached_frames(video, size, official=False):
     cached = _cache(f"frames_{size}" + "_official" * official, key)
     if not cached.is_file():
         frames = [(official_resize if official else resize)(frame, size) for frame in source]
-        frames = np.stack(frames) if frames else np.zeros((0, size, size, 3), np.uint8)
         with atomically(cached) as draft:
-            np.save(draft, frames)
+            np.save(draft, np.array(frames, np.uint8).reshape(-1, size, size, 3))
     with LOADING:
         return np.load(cached, mmap_mode="r"), key
 
