@@ -258,9 +258,8 @@ def _ffmpeg():
 def _decode(video):
     """Yield the frames uint8 [H, W, 3] of a video file; ffmpeg hands them over as PPM pictures."""
     program, each_once = _ffmpeg()
-    command = [program, "-v", "error", "-nostdin", "-threads", "1", "-i", str(video), "-map",
-               "0:v:0", each_once, "passthrough", "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt",
-               "rgb24", "-"]
+    pictures = f"-map 0:v:0 {each_once} passthrough -f image2pipe -c:v ppm -pix_fmt rgb24 -"
+    command = [program, *"-v error -nostdin -threads 1 -i".split(), video, *pictures.split()]
     with TemporaryFile() as said:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said) as process:
             pipe = process.stdout
