@@ -37,9 +37,8 @@ def tasks(split="all"):
     """All (family, block, argument) combinations of a split: "seen", "unseen" or "all".
 
     A quarter of a family's combinations (of join, a third) is unseen: never in the labelled few."""
-    rows = [(f, block, argument) for f, family in enumerate(FAMILIES) for block in range(4)
-            for argument in range(len(ARGUMENTS[family])) if family != "join" or argument != block]
-    return [(f, block, argument) for f, block, argument in rows
+    return [(f, block, argument) for f, family in enumerate(FAMILIES) for block in range(4)
+            for argument in range(len(ARGUMENTS[family])) if family != "join" or argument != block
             if split == "all" or ((block + argument) % 4 == 3) == (split == "unseen")]
 
 def instruction(family, block, argument):
