@@ -82,8 +82,7 @@ class TableTop:
         B = self.batch
         self.rng = rng = np.random.default_rng(seed)
         family = rng.integers(len(self.by_family), size=B)
-        self.task = np.array([self.by_family[f][rng.integers(len(self.by_family[f]))]
-                              for f in family])  # B 3
+        self.task = np.array([rng.choice(self.by_family[f]) for f in family])  # B 3
         self.instructions = [instruction(*task) for task in self.task]
         # One thing after another, each at the first of 40 random spots that touches nothing so far
         # (or at the one with most room).
