@@ -312,9 +312,8 @@ def add_codes(episodes, vqgan, processes):
     for e in tqdm(missing, "image codes", mininterval=1.0, leave=False, disable=not processes.main):
         codes = [vqgan.encode(to_float(np.array(e.frames[t:t + 16])).to(processes.device) * 2 - 1)
                  for t in range(0, len(e.frames), 16)]
-        codes = torch.cat(codes).cpu().numpy().astype(np.uint16)
         with atomically(path(e)) as draft:
-            np.save(draft, codes)
+            np.save(draft, torch.cat(codes).cpu().numpy().astype(np.uint16))
     processes.barrier()
     for e in episodes:
         e.codes = np.load(path(e), mmap_mode="r")
