@@ -20,9 +20,10 @@ DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 PLACES = {"left side": (0, np.nan), "right side": (1, np.nan), "top side": (np.nan, 0),
           "bottom side": (np.nan, 1), "top left corner": (0, 0), "top right corner": (1, 0),
           "bottom left corner": (0, 1), "bottom right corner": (1, 1)}
-ARGUMENTS = {"reach": [""], "push": list(DIRECTIONS), "place": [f"to the {p}" for p in PLACES],
-             "join": [f"to the {b}" for b in BLOCKS]}  # where a block goes, of each task family
-FAMILIES = tuple(ARGUMENTS)
+PHRASES = {"reach": ["move to the {}"], "push": ["push the {} " + d for d in DIRECTIONS],
+           "place": ["push the {} to the " + p for p in PLACES],
+           "join": ["push the {} to the " + b for b in BLOCKS]}  # of each task family
+FAMILIES = tuple(PHRASES)
 SPEED = {"robot": 0.06, "human": 0.045}  # table widths a step at action 1
 FPS = 5  # steps a second, as Bridge
 CAPTION_BINS = 16  # resolution of the coordinates in scene captions
@@ -38,13 +39,11 @@ def tasks(split="all"):
 
     A quarter of a family's combinations (of join, a third) is unseen: never in the labelled few."""
     return [(f, block, argument) for f, family in enumerate(FAMILIES) for block in range(4)
-            for argument in range(len(ARGUMENTS[family])) if family != "join" or argument != block
+            for argument in range(len(PHRASES[family])) if family != "join" or argument != block
             if split == "all" or ((block + argument) % 4 == 3) == (split == "unseen")]
 
 def instruction(family, block, argument):
-    if FAMILIES[family] == "reach":
-        return f"move to the {BLOCKS[block]}"
-    return f"push the {BLOCKS[block]} {ARGUMENTS[FAMILIES[family]][argument]}"
+    return PHRASES[FAMILIES[family]][argument].format(BLOCKS[block])
 
 def vocabulary():
     """Every text the table top can produce, for training a word-level tokenizer"""
