@@ -176,14 +176,15 @@ def _load_episode(root, row, size, actions_needed, official):
          isinstance(captions, list) and [type(c) for c in captions] == [str] * T,
          f"captions: expected a list of {T} strings"))
     bad += [text for good, text in wanted if not good]
-    return None if bad else Episode(row["id"], instruction.strip(), float(fps), row, frames,
-                                    actions, key), bad
+    if bad:
+        return None, bad
+    return Episode(row["id"], instruction.strip(), float(fps), row, frames, actions, key), bad
 
 def _load_actions(path, T):
     with LOADING:
         actions = np.load(path).astype(np.float32, casting="same_kind")
     if actions.ndim != 2 or actions.shape[1] == 0 or T and len(actions) not in (T - 1, T):
-        raise ValueError(f"found shape {actions.shape} for T = {T}")
+        raise ValueError(f"found shape {actions.shape}, T is {T or 'unknown'}")
     broken = np.flatnonzero(~np.isfinite(actions).all(1))
     if len(broken):
         raise ValueError(f"found NaN or infinity, first in row {broken[0]}")
