@@ -32,8 +32,7 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
 
@@ -384,7 +383,7 @@ def random_shift(pictures, share, batch=None, mine=slice(None)):
 def save_labels(path, labels, meta):
     """labels: episode id -> int [T, K], into one safetensors file whose header holds meta: LAQ
     fingerprint, window, codebook size, dataset mark"""
-    packed = {name: rows.astype(np.uint16) for name, rows in labels.items()}
+    packed = {name: torch.from_numpy(rows.astype(np.uint16)) for name, rows in labels.items()}
     with atomically(path) as draft:
         save_file(packed, draft, {"meta": json.dumps(meta)})
 
