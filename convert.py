@@ -11,7 +11,6 @@ official quirks that numbers depend on are switched on."""
 
 import json
 import math
-import os
 import pickle
 import re
 import sys
@@ -99,46 +98,40 @@ HUGGING_SETTINGS = {  # ours -> Hugging Face's
     "layers": "num_hidden_layers", "heads": "num_attention_heads", "rms_eps": "rms_norm_eps",
     "rope_theta": "rope_theta"}
 
-class Messages:
-    """msgpack values in a file.  What bin and ext forms carry is not read but told as a `range` of
-    the file's bytes, so that a walk costs no memory; a nested value is read by seeking there."""
+NUMBER_BYTES = {0xc4: 1, 0xc5: 2, 0xc6: 4, 0xc7: 1, 0xc8: 2, 0xc9: 4, 0xd9: 1, 0xda: 2, 0xdb: 4,
+                0xcc: 1, 0xcd: 2, 0xce: 4, 0xcf: 8, 0xdc: 2, 0xdd: 4, 0xde: 2, 0xdf: 4}
 
-    LONG = {0xc4: 1, 0xc5: 2, 0xc6: 4, 0xc7: 1, 0xc8: 2, 0xc9: 4, 0xd9: 1, 0xda: 2, 0xdb: 4,
-            0xcc: 1, 0xcd: 2, 0xce: 4, 0xcf: 8, 0xdc: 2, 0xdd: 4, 0xde: 2, 0xdf: 4}
+def take(file, count):
+    block = file.read(count)
+    if len(block) < count:
+        raise EOFError
+    return block
 
-    def __init__(self, file):
-        self.file, self.size = file, os.fstat(file.fileno()).st_size
-
-    def take(self, count):
-        block = self.file.read(count)
-        if len(block) < count:
-            raise EOFError
-        return block
-
-    def read(self, where=None):
-        if where is not None:
-            self.file.seek(where.start)
-        byte = self.take(1)[0]
-        if byte < 0x80 or byte in (0xc2, 0xc3):
-            return byte & 0x7f
-        n = int.from_bytes(self.take(self.LONG.get(byte, 0)), "big")
-        if 0x80 <= byte < 0x90 or byte in (0xde, 0xdf):
-            return {self.read(): self.read() for _ in range(byte & 15 if byte < 0x90 else n)}
-        if 0x90 <= byte < 0xa0 or byte in (0xdc, 0xdd):
-            return [self.read() for _ in range(byte & 15 if byte < 0xa0 else n)]
-        if 0xa0 <= byte < 0xc0 or byte in (0xd9, 0xda, 0xdb):
-            return self.take(byte & 31 if byte < 0xc0 else n).decode()
-        if 0xcc <= byte <= 0xcf:
-            return n
-        if 0xd4 <= byte <= 0xd8:
-            n = 1 << (byte - 0xd4)
-        elif byte not in self.LONG:
-            raise ValueError
-        start = self.file.tell() + (byte >= 0xd4 or 0xc7 <= byte <= 0xc9)  # behind an ext's type
-        if start + n > self.size:
-            raise EOFError
-        self.file.seek(start + n)
-        return range(start, start + n)
+def message(file, where=None):
+    """The msgpack value at a file's position, or in a range of its bytes.  What bin and ext forms
+    carry is not read but told as such a range, so that a walk costs no memory."""
+    if where is not None:
+        file.seek(where.start)
+    byte = take(file, 1)[0]
+    n = int.from_bytes(take(file, NUMBER_BYTES.get(byte, 0)), "big")
+    if byte < 0x80 or byte in (0xc2, 0xc3):
+        return byte & 0x7f
+    if 0x80 <= byte < 0x90 or byte in (0xde, 0xdf):
+        return {message(file): message(file) for _ in range(byte & 15 if byte < 0x90 else n)}
+    if 0x90 <= byte < 0xa0 or byte in (0xdc, 0xdd):
+        return [message(file) for _ in range(byte & 15 if byte < 0xa0 else n)]
+    if 0xa0 <= byte < 0xc0 or byte in (0xd9, 0xda, 0xdb):
+        return take(file, byte & 31 if byte < 0xc0 else n).decode()
+    if 0xcc <= byte <= 0xcf:
+        return n
+    if 0xd4 <= byte <= 0xd8:
+        n = 1 << (byte - 0xd4)
+    elif byte not in NUMBER_BYTES:
+        raise ValueError
+    start = file.tell() + (byte >= 0xd4 or 0xc7 <= byte <= 0xc9)  # behind an ext's type
+    file.seek(start + n - 1)
+    take(file, 1)  # the last byte is there
+    return range(start, start + n)
 
 def read_stream(path):
     """Walk a params file (formats section 1) -> {name: (dims, dtype's name, byte ranges)}.
@@ -146,27 +139,25 @@ def read_stream(path):
     Raises ValueError that names the tensor where the file is cut short or holds something else."""
     found, twice, name = {}, [], "the beginning"
     with open(path, "rb") as file:
-        stream, end = Messages(file), 0
         try:
-            while end < stream.size:
-                file.seek(end)
+            while first := file.read(1):
                 name = f"behind {name}"
-                if stream.take(1) != b"\x92":  # an array of two: key and blob
+                if first != b"\x92":  # an array of two: key and blob
                     raise ValueError
-                key = stream.read()
+                key = message(file)
                 name = "/".join(key)
-                blob = stream.read()
-                end = blob.stop
+                blob = message(file)
                 if key[0] in ("step", "opt_state"):  # of a whole training state
                     continue
-                value = stream.read(blob)
+                value = message(file, blob)
                 if isinstance(value, dict):
-                    in_order = lambda table: [table[str(i)] for i in range(len(table))]
-                    dims = in_order(value["shape"])
-                    arrays = [stream.read(part) for part in in_order(value["chunks"])]
+                    dims, chunks = ([table[str(i)] for i in range(len(table))]
+                                    for table in (value["shape"], value["chunks"]))
+                    arrays = [message(file, chunk) for chunk in chunks]
                 else:
-                    arrays = [stream.read(value)]
+                    arrays = [message(file, value)]
                     dims = arrays[0][0]
+                file.seek(blob.stop)
                 dtype, pieces = arrays[0][1], [array[2] for array in arrays]
                 size = math.prod(dims) * np.dtype(DTYPES[dtype][0]).itemsize
                 if sum(map(len, pieces)) != size:
