@@ -30,8 +30,7 @@ import common
 import data
 from model import LAQ, VLA, VOCABULARIES, VQGAN, LAQConfig, VLAConfig, VQGANConfig
 
-DTYPES = {"float32": (np.float32, torch.float32), "bfloat16": (np.uint16, torch.bfloat16),
-          "float16": (np.float16, torch.float16)}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 @dataclass
 class ConvertConfig:
@@ -134,7 +133,7 @@ def message(file, where=None):
     return range(start, start + n)
 
 def read_stream(path):
-    """Walk a params file (formats section 1) -> {name: (dims, dtype's name, byte ranges)}.
+    """Walk a params file (formats section 1) -> {name: (dims, dtype, byte ranges)}.
 
     Raises ValueError that names the tensor where the file is cut short or holds something else."""
     found, twice, name = {}, [], "the beginning"
@@ -145,7 +144,7 @@ def read_stream(path):
                 if first != b"\x92":  # an array of two: key and blob
                     raise ValueError
                 key = message(file)
-                name = "/".join(key)
+                name = re.sub("^(params/)+", "", "/".join(key))
                 blob = message(file)
                 if key[0] in ("step", "opt_state"):  # of a whole training state
                     continue
@@ -158,13 +157,11 @@ def read_stream(path):
                     arrays = [message(file, value)]
                     dims = arrays[0][0]
                 file.seek(blob.stop)
-                dtype, pieces = arrays[0][1], [array[2] for array in arrays]
-                size = math.prod(dims) * np.dtype(DTYPES[dtype][0]).itemsize
-                if sum(map(len, pieces)) != size:
+                dtype, pieces = DTYPES[arrays[0][1]], [array[2] for array in arrays]
+                if sum(map(len, pieces)) != math.prod(dims) * dtype.itemsize:
                     raise ValueError
-                short = re.sub("^(params/)+", "", name)
-                twice += [short] * (short in found)
-                found[short] = tuple(dims), dtype, pieces
+                twice += [name] * (name in found)
+                found[name] = tuple(dims), dtype, pieces
         except EOFError:
             raise ValueError(f"cut short in tensor {name}") from None
         except (ValueError, TypeError, LookupError, AttributeError):
@@ -175,16 +172,15 @@ def read_stream(path):
 
 def read_pieces(path, dims, dtype, pieces, layer=None):
     """One tensor of a params file, or one layer of it, without reading the others"""
-    kind, ours = DTYPES[dtype]
-    flat = np.empty(math.prod(dims if layer is None else dims[1:]), kind)
-    need = memoryview(flat).cast("B")
+    shape = dims if layer is None else dims[1:]
+    need = memoryview(bytearray(math.prod(shape) * dtype.itemsize))
     skip, done = (layer or 0) * len(need), 0
     with open(path, "rb") as file:
         for piece in pieces:
             part, skip = piece[skip:skip + len(need) - done], max(0, skip - len(piece))
             file.seek(part.start)
             done += file.readinto(need[done:done + len(part)])
-    return torch.from_numpy(flat).view(ours).reshape(dims if layer is None else dims[1:])
+    return torch.frombuffer(need, dtype=dtype).reshape(shape)
 
 def official_name(name, shape, scanned=0):
     """Our VLA's tensor in a params stream, where kernels are (in, out) and, if scanned, the layers
