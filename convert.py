@@ -436,13 +436,11 @@ def tokenizer_from(path):
     except ImportError:
         common.fail(f"{path}: reading it needs sentencepiece (pip install sentencepiece)")
     pieces = SentencePieceProcessor(model_file=str(path))
-    rank, merges = {pieces.id_to_piece(i): i for i in range(len(pieces))}, []
-    for word, i in rank.items():
-        for cut in range(1, len(word)):
-            a, b = word[:cut], word[cut:]
-            if a in rank and b in rank:
-                merges.append((-pieces.get_score(i), rank[a], rank[b], (a, b)))
-    tokenizer = Tokenizer(models.BPE(rank, [merge[-1] for merge in sorted(merges)],
+    rank = {pieces.id_to_piece(i): i for i in range(len(pieces))}
+    cuts = ((word, word[:at], word[at:]) for word in rank for at in range(1, len(word)))
+    merges = sorted((-pieces.get_score(rank[word]), rank[a], rank[b], (a, b))
+                    for word, a, b in cuts if a in rank and b in rank)
+    tokenizer = Tokenizer(models.BPE(rank, [merge[-1] for merge in merges],
                                      unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"),
                                                  normalizers.Replace(" ", "▁")])
