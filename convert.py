@@ -17,7 +17,7 @@ import sys
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from statistics import mode
+from statistics import mode, multimode
 
 import numpy as np
 import torch
@@ -54,25 +54,33 @@ def matched(kind, config, source, official):
     source: their name -> (shape, read), read() -> tensor; official(name, shape) -> their name,
     their shape, and take(read) -> the tensor in our form.  Raises ValueError in their names."""
     with torch.device("meta"):
-        model = kind(config)
-    pairs, expected = [], {}
-    for name, tensor in model.state_dict().items():
-        theirs, shape, take = official(name, tuple(tensor.shape))
-        expected[theirs] = shape
-        pairs.append((name, lambda theirs=theirs, take=take: take(source[theirs][1])))
-    if problems := common.differences(expected, {n: shape for n, (shape, _) in source.items()}):
+        tensors = kind(config).state_dict()
+    table = {name: official(name, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    if problems := common.differences({theirs: shape for theirs, shape, _ in table.values()},
+                                      {theirs: shape for theirs, (shape, _) in source.items()}):
         raise ValueError(problems)
-    return pairs
+    return [(name, partial(take, source[theirs][1])) for name, (theirs, _, take) in table.items()]
 
-def sizes(source, table):
-    """{field: [(their name, axis)..]} -> {field: size}, for a configuration.  A size is read off
-    several tensors, so that one that is wrong is outvoted, and then refused by `matched`."""
-    found = {field: [source[name][0][axis] for name, axis in places
-                     if axis < len(source.get(name, ((),))[0])] for field, places in table.items()}
-    for field, places in table.items():
-        if not found[field]:
-            raise ValueError(f"missing: {places[0][0]}")
-    return {field: mode(values) for field, values in found.items()}
+def sizes(kind, config, source, official, marks, optional=()):
+    """{field: mark} -> {field: size}, read off a source.  The axes that in a model of `config` are
+    as long as a mark, and no others, tell the size of its field.  A wrong one is outvoted by the
+    others, and then refused by `matched`; an `optional` size that none tells is 0."""
+    with torch.device("meta"):
+        parameters = kind(config).named_parameters()
+    shapes = [official(name, tuple(p.shape))[:2] for name, p in parameters]
+    found = {}
+    for field, mark in marks.items():
+        places = [(name, axis) for name, shape in shapes for axis, size in enumerate(shape)
+                  if size == mark]
+        names = " and ".join(dict.fromkeys(name for name, _ in places))
+        winners = multimode(source[name][0][axis] for name, axis in places
+                            if axis < len(source.get(name, ((),))[0]))
+        if not winners and field not in optional:
+            raise ValueError(f"missing: {names}")
+        if len(winners) > 1:
+            raise ValueError(f"wrong shape: {names} disagree: {' or '.join(map(str, winners))}")
+        found[field] = winners[0] if winners else 0
+    return found
 
 def count(source, pattern):
     """How many different numbers the group of `pattern` takes at the start of their names"""
@@ -193,37 +201,26 @@ def official_name(name, shape, scanned=0):
         layer, shape = int(at[1]), (scanned, *shape)
     return theirs, shape, lambda read: read(layer).t() if turned else read(layer)
 
-def vla_config(source, official, c, needed, scanned=1, **known):
-    """Shape of a VLA with vocabularies `needed`, read off its tensors, which outvote a wrong one"""
-    numbers = lambda ours: math.prod(source.get(official(ours, (0, 0))[0], ((0,),))[0])
-    dim = mode(shape[-1] for shape, _ in source.values() if shape)
-    heads = c.heads or known.get("heads") or dim // 128
+def vla_config(source, official, c, needed, **known):
+    """Shape of a VLA that has the first `needed` vocabularies at least, read off its tensors"""
+    vocabularies = [f"{kind}_vocab" for kind in VOCABULARIES]
+    marks = {field: 1000 + i for i, field in enumerate((*vocabularies, "dim", "mlp"))}
+    found = sizes(VLA, VLAConfig(layers=1, heads=1, **marks), source, official, marks,
+                  optional=vocabularies[needed:])
+    dim, heads = found["dim"], c.heads or known.get("heads") or found["dim"] // 128
     if not heads or dim % heads:
         raise ValueError(f"width {dim} does not divide into {heads} heads: pass --heads")
-    for kind in VOCABULARIES:
-        both = [f"{kind}_{part}.weight" for part in ("embed", "head")]
-        first, second = (numbers(name) // dim for name in both)
-        known[f"{kind}_vocab"] = first or second
-        both = " and ".join(official(name, (0, 0))[0] for name in both)
-        if first and second and first != second:
-            raise ValueError(f"wrong shape: {both} are of {first} and {second} entries")
-        if kind in needed and not first and not second:
-            raise ValueError(f"missing: {both}")
-    if not known["layers"]:
-        raise ValueError(f"missing: {official('layers.0.w1.weight', (0, 0))[0]}")
-    mlp = mode(numbers(f"layers.0.w{i}.weight") for i in (1, 2, 3)) // dim // scanned
     return VLAConfig(**{"rope_theta": c.rope_theta, "image_size": c.image_size or 256, **known,
-                        "dim": dim, "heads": heads, "mlp": mlp})
+                        **found, "heads": heads})
 
 def from_stream(path, c):
     """A params file -> its VLA's shape, and matched tensors"""
     source = {name: (entry[0], partial(read_pieces, path, *entry))
               for name, entry in read_stream(path).items()}
-    layers = [shape[0] for name, (shape, _) in source.items() if "/scan_decoder/" in name and shape]
-    scanned = mode(layers) if layers else 0
+    scanned = mode([shape[0] for name, (shape, _) in source.items()
+                    if "/scan_decoder/" in name and shape] or [0])
     official = partial(official_name, scanned=scanned)
-    config = vla_config(source, official, c, VOCABULARIES[:2], scanned or 1,
-                        rounded_rope=c.rounded_rope,
+    config = vla_config(source, official, c, needed=2, rounded_rope=c.rounded_rope,
                         layers=scanned or count(source, r"transformer/h/(\d+)/"))
     return config, matched(VLA, config, source, official)
 
@@ -257,7 +254,7 @@ def from_hugging(path, c):
     settings |= settings.get("rope_parameters") or {}  # since transformers 5
     known = {ours: settings[HUGGING_SETTINGS[ours]] for ours in ("heads", "rms_eps", "rope_theta")
              if HUGGING_SETTINGS[ours] in settings}
-    config = vla_config(source, partial(hugging_name, heads=0), c, VOCABULARIES[:1], patch_size=0,
+    config = vla_config(source, partial(hugging_name, heads=0), c, needed=1, patch_size=0,
                         layers=count(source, r"model\.layers\.(\d+)\."), **known)
     return config, matched(VLA, config, source, partial(hugging_name, heads=config.heads))
 
@@ -338,20 +335,14 @@ def official_vqgan_name(name, shape):
 def from_vqgan(path, c):
     """LWM's pickled image tokenizer -> its shape, and matched tensors"""
     source = {name: (tuple(a.shape), lambda a=a: a) for name, a in read_pickle(path).items()}
-    level, first = "encoder/DownsamplingBlock_", "/ResnetBlock_0/"
-    found = sizes(source, {
-        "hidden": [("encoder/Conv_0/kernel", 3), ("encoder/Conv_0/bias", 0),
-                   (f"{level}0{first}GroupNorm_0/scale", 0)],
-        "z_channels": [("encoder/Conv_1/kernel", 3), ("encoder/Conv_1/bias", 0),
-                       ("quant_conv/kernel", 2)],
-        "quant_dim": [("quantize/embeddings", 1), ("quant_conv/kernel", 3), ("quant_conv/bias", 0)],
-        "codebook_size": [("quantize/embeddings", 0)]})
-    widths = sizes(source, {i: [(f"{level}{i}{first}{part}", axis) for part, axis in
-                                (("Conv_0/kernel", 3), ("Conv_0/bias", 0), ("Conv_1/bias", 0))]
-                            for i in range(count(source, rf"{level}(\d+)/"))})
-    config = VQGANConfig(image_size=c.image_size or 256, **found,
-                         blocks=count(source, rf"{level}0/ResnetBlock_(\d+)/"),
-                         multipliers=[width // found["hidden"] for width in widths.values()])
+    level = "encoder/DownsamplingBlock_"
+    levels = range(count(source, rf"{level}(\d+)/") or 1)
+    marks = {"codebook_size": 1000, "quant_dim": 1001, "z_channels": 1002, "hidden": 3200}
+    found = sizes(VQGAN, VQGANConfig(multipliers=[i + 2 for i in levels], **marks), source,
+                  official_vqgan_name, marks | {i: 3200 * (i + 2) for i in levels})
+    multipliers = [found.pop(i) // found["hidden"] for i in levels]
+    config = VQGANConfig(image_size=c.image_size or 256, multipliers=multipliers, **found,
+                         blocks=count(source, rf"{level}0/ResnetBlock_(\d+)/"))
     return config, matched(VQGAN, config, source, official_vqgan_name)
 
 # ------------------------------------------------------------------------ LAQ: a torch file
@@ -379,18 +370,14 @@ def from_laq(path, c):
     beta = {name: t for name, t in state.items() if name.endswith(".beta")}  # zero buffers
     source = {name: (tuple(t.shape), t.float) for name, t in state.items() if name not in beta
               and not (name.endswith(".null_kv") and not t.numel())}  # of self-attention
-    embed, cross = "to_patch_emb_first_frame.", "dec_spatial_transformer.layers.0.2."
-    found = sizes(source, {
-        "dim": [(f"{embed}2.weight", 0), (f"{embed}2.bias", 0), (f"{embed}3.weight", 0)],
-        "patch_size": [(f"{embed}2.weight", 1), (f"{embed}1.weight", 0), (f"{embed}1.bias", 0)],
-        "codebook_size": [("vq.codebooks", 0)],
-        "quant_dim": [("vq.codebooks", 1), ("vq.project_in.weight", 0), ("vq.project_in.bias", 0)],
-        "heads": [("spatial_rel_pos_bias.net.2.weight", 0), ("spatial_rel_pos_bias.net.2.bias", 0),
-                  (f"{cross}null_kv", 0)],
-        "dim_head": [(f"{cross}{part}", 0) for part in ("q_scale", "k_scale")] + [
-                     ("enc_spatial_transformer.layers.0.1.q_scale", 0)]})
+    official = lambda name, shape: (rename(name, LAQ_KEYS), shape, lambda read: read())
+    depths = {field: count(source, rf"{part}_transformer\.layers\.(\d+)\.") for field, part in (
+        ("spatial_depth", "enc_spatial"), ("temporal_depth", "enc_temporal"),
+        ("decoder_depth", "dec_spatial"))}
+    marks = {"codebook_size": 1000, "quant_dim": 1001, "dim": 1002, "heads": 1003, "dim_head": 1004}
+    found = sizes(LAQ, LAQConfig(patch_size=32, **depths, **marks), source, official,
+                  marks | {"patch_size": 3 * 32**2})
     patch = found["patch_size"] = math.isqrt(found["patch_size"] // 3)
-    depth = lambda part: count(source, rf"{part}_transformer\.layers\.(\d+)\.")
     grid = c.image_size // patch or 8
     second = "vq.cnn_encoder.2."  # convolution
     kernel = source.get(f"{second}weight", ((),))[0][2:]
@@ -402,12 +389,10 @@ def from_laq(path, c):
         kernel, math.ceil(grid / 4) ** 2)
     config = LAQConfig(
         image_size=c.image_size or grid * patch, code_len=code_len, official_peg=True,
-        official_code_read=True, spatial_depth=depth("enc_spatial"),
-        temporal_depth=depth("enc_temporal"), decoder_depth=depth("dec_spatial"), **found)
+        official_code_read=True, **depths, **found)
     print(f"{path}: {code_len} codes for {config.image_size} pixels (or pass --image_size)")
     source["vq.uses"] = (config.codebook_size,), partial(torch.zeros, config.codebook_size)  # ours
-    pairs = matched(LAQ, config, source,
-                    lambda name, shape: (rename(name, LAQ_KEYS), shape, lambda read: read()))
+    pairs = matched(LAQ, config, source, official)
     problems = common.differences(
         {name[:-5] + "beta": t.shape for name, t in state.items() if name.endswith("gamma")},
         {name: t.shape for name, t in beta.items()})
