@@ -379,17 +379,15 @@ def from_laq(path, c):
                   marks | {"patch_size": 3 * 32**2})
     patch = found["patch_size"] = math.isqrt(found["patch_size"] // 3)
     grid = c.image_size // patch or 8
-    second = "vq.cnn_encoder.2."  # convolution
-    kernel = source.get(f"{second}weight", ((),))[0][2:]
-    if len(kernel) != 2 and f"{second}bias" in source:
-        raise ValueError(f"missing: {second}weight, or of a wrong shape")
-    if not kernel and not c.image_size:
+    if count(source, r"vq\.cnn_encoder\.(2)\."):  # a second convolution
+        kernel = source.get("vq.cnn_encoder.2.weight", ((),))[0][2:]
+        code_len = {(4, 4): 1, (3, 4): 2}.get(kernel, math.ceil(grid / 4) ** 2)
+    elif c.image_size:
+        code_len = math.ceil(grid / 2) ** 2
+    else:
         raise ValueError("pass --image_size: the tensors of so long a code do not tell it")
-    code_len = {(): math.ceil(grid / 2) ** 2, (4, 4): 1, (3, 4): 2}.get(
-        kernel, math.ceil(grid / 4) ** 2)
-    config = LAQConfig(
-        image_size=c.image_size or grid * patch, code_len=code_len, official_peg=True,
-        official_code_read=True, **depths, **found)
+    config = LAQConfig(image_size=c.image_size or grid * patch, code_len=code_len,
+                       official_peg=True, official_code_read=True, **depths, **found)
     print(f"{path}: {code_len} codes for {config.image_size} pixels (or pass --image_size)")
     source["vq.uses"] = (config.codebook_size,), partial(torch.zeros, config.codebook_size)  # ours
     pairs = matched(LAQ, config, source, official)
