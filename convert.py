@@ -309,21 +309,20 @@ class ArraysOnly(pickle.Unpickler):
 
 def read_pickle(path):
     """A pickled nested dictionary of arrays -> {"encoder/Conv_0/kernel": array}"""
-    def flatten(tree, at=()):
+    def flatten(tree, at=""):
         if isinstance(tree, dict):
             for key, value in tree.items():
-                yield from flatten(value, (*at, str(key)))
+                yield from flatten(value, f"{at}/{key}")
         elif isinstance(tree, np.ndarray) and tree.dtype.kind == "f":
-            yield "/".join(at), torch.from_numpy(np.ascontiguousarray(tree, np.float32))
+            yield re.sub("^/(params/)?", "", at), torch.from_numpy(np.asarray(tree, np.float32))
         else:
-            raise ValueError(f"{'/'.join(at) or 'the file'}: {type(tree).__name__}, expected an "
-                             "array of floats")
+            raise ValueError(f"{at[1:] or 'the file'}: {type(tree).__name__}, expected an array of "
+                             "floats")
     try:
         with open(path, "rb") as file:
-            tree = dict(flatten(ArraysOnly(file).load()))
+            return dict(flatten(ArraysOnly(file).load()))
     except Exception as error:  # a broken pickle can raise anything
         raise ValueError(f"not a whole pickle of arrays: {error}") from None
-    return {re.sub("^params/", "", name): array for name, array in tree.items()}
 
 def official_vqgan_name(name, shape):
     """Our VQGAN's tensor in the pickle, where convolutions are (height, width, in, out)"""
