@@ -452,7 +452,7 @@ def read_edges(path):
     return edges
 
 def convert(c):
-    meta, models, files = {"step": 0}, {}, {}
+    meta, models, files = {"stage": "vqgan", "model": {}, "step": 0}, {}, {}
     if Path(c.out).exists():
         common.fail(f"{c.out} exists: remove it or choose another folder")
     if c.to not in ("", "hf") or c.to and len(c.source) > 1:
@@ -460,11 +460,10 @@ def convert(c):
     broken = ValueError, TypeError, LookupError, OSError, RuntimeError, SafetensorError
     for path in map(Path, c.source):
         with common.refuse(f"{path}", broken):
-            if c.to == "hf":
+            kind = c.to or kind_of(path)
+            if kind == "hf":
                 models[path], meta, files = to_hugging(path)
-                break
-            kind = kind_of(path)
-            if kind == "laq":
+            elif kind == "laq":
                 config, models[path] = from_laq(path, c)
                 meta |= {"stage": "quantize", "window": c.window, "model": asdict(config)}
             elif kind == "vqgan":
@@ -482,8 +481,6 @@ def convert(c):
                 meta["bins"] = read_edges(path)
     if len(models) > 1 or not models and "vqgan" not in meta:
         common.fail(f"{' '.join(c.source)}: expected one model among them, found {len(models)}")
-    if not c.to:
-        meta = {"stage": "vqgan", "model": {}} | meta
     if "vqgan" in meta and "vision_vocab" in meta["model"]:
         meta["model"]["patch_size"] = 2 ** (len(meta["vqgan"]["multipliers"]) - 1)
     most = max(map(len, meta.get("bins", [[]])), default=0) - 1
