@@ -344,11 +344,7 @@ def save_weights(folder, tensors, shard=2 << 30):
 
 def weight_files(folder):
     """The safetensors files of a checkpoint's folder, one or several"""
-    index = Path(folder) / "model.safetensors.index.json"
-    if not index.is_file():
-        return [Path(folder) / "model.safetensors"]
-    names = json.loads(index.read_text())["weight_map"].values()
-    return [Path(folder) / name for name in sorted(set(names))]
+    return sorted(Path(folder).glob("model*.safetensors"))
 
 def write_checkpoint(folder, tensors, meta, files):
     """Make a folder of weights ((name, tensor) pairs), config.json (meta) and files: name -> text,
@@ -377,7 +373,7 @@ def open_checkpoint(path, option, stages):
     """A run's folder or a checkpoint's own -> the checkpoint's, and meta (config.json).  Refuses,
     naming the option that asked for it, when there is none, and those of other stages."""
     path = latest(path)
-    if not (path / "config.json").is_file() or not all(f.is_file() for f in weight_files(path)):
+    if not (path / "config.json").is_file() or not weight_files(path):
         fail(f"--{option} {path}: no checkpoint there (expected config.json and model.safetensors)")
     with refuse(f"--{option} {path}: unreadable checkpoint"):
         meta = json.loads((path / "config.json").read_text())
@@ -439,9 +435,11 @@ class Run:
             self.log = open(log, "a")
         self.began = time.time()
 
-    def restore(self, model, optimizer, meta, files, ids):
-        """Train this model, from a checkpoint found on.  ids(step): what this process reads then"""
+    def restore(self, model, optimizer, meta, files, ids, export=None):
+        """Train this model, from a checkpoint found on.  ids(step): what this process reads then;
+        export() -> (name, tensor) of its weights for others, where these are not just its own"""
         self.model, self.optimizer, self.ids = model, optimizer, ids
+        self.export = export or (lambda: ((n, whole(t)) for n, t in model.state_dict().items()))
         self.meta, self.files = self.meta | meta, files
         if self.found:
             state = self.state()
@@ -504,7 +502,7 @@ class Run:
         if main:
             for old in (final, *self.out.glob(".step_*")):  # left by a killed process
                 shutil.rmtree(old, ignore_errors=True)
-        weights = ((name, whole(tensor)) for name, tensor in self.model.state_dict().items())
+        weights = self.export()
         place = atomically(final, "draft", durable=True) if main else \
             contextlib.nullcontext(self.out / f".{final.name}.draft")
         with refuse(f"{final}: not written, {self.found or 'nothing'} is the last checkpoint",

@@ -448,7 +448,7 @@ def dataset_tokenizer(dataset):
     if (dataset.path / "tokenizer.json").is_file():
         return read_tokenizer(dataset.path)
     return train_tokenizer([text for e in dataset.episodes
-                            for text in (e.instruction, *e.info.get("captions", ()))])
+                            for text in (e.instruction, *(e.info.get("captions") or ()))])
 
 def read_tokenizer(folder):
     """tokenizer.json of a dataset or of a checkpoint of stage 2 or 3, in the library's format"""

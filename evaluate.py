@@ -35,20 +35,26 @@ class EvaluateConfig:
     max_steps: int = 50  # steps until an episode counts as failed
     batch: int = 100  # tables side by side
     film: int = 4  # episodes of each policy in rollouts.gif; 0: no film
+    bf16: bool = False  # weights and arithmetic of the policies in bfloat16
     seed: int = 1000  # tables and tasks; the same for every policy
 
 # ------------------------------------------------------------------------ policies
 class Policy:
     """A VLA as a function: images uint8 [B, H, W, 3] and instructions -> actions [B, A], or latent
-    actions, int [B, K], where it has not been finetuned"""
+    actions, int [B, K], where it has not been finetuned.  compiled: for control loops, where the
+    first call may take a minute and all have as many images and words"""
 
-    def __init__(self, path, option="policies", stages=("finetune",)):
+    def __init__(self, path, option="policies", stages=("finetune",), bf16=False, compiled=False):
         weights, meta = common.load_checkpoint(path, option, stages)
         self.device = common.Processes().device
         with common.refuse(f"--{option} {path}"):
-            self.model = VLA(VLAConfig(**meta["model"]))
+            with torch.device("meta"):
+                self.model = VLA(VLAConfig(**meta["model"]))
+            self.model.to(torch.bfloat16 if bf16 else torch.float32).to_empty(device=self.device)
             common.load_strictly(self.model, weights)
-        self.model.to(self.device).eval()
+        self.model.eval()
+        if compiled:
+            self.model.decode = torch.compile(self.model.decode, mode="reduce-overhead")
         tokenizer = data.read_tokenizer(path)
         self.sequences = data.Sequences(tokenizer, self.model.config.image_tokens, meta["template"])
         self.kind = ACTION if self.model.config.action_vocab else LATENT
@@ -71,7 +77,7 @@ class Policy:
         answer = answer.cpu().numpy()
         return data.from_bins(answer, self.edges) if self.edges else answer
 
-def open_policies(text):
+def open_policies(text, **how):
     """"LAPA=runs/a,RANDOM=random" -> {name: Policy, "expert" or "random"}; refuses what has no
     checkpoint or another action width than the table top's 2"""
     policies = {}
@@ -79,7 +85,7 @@ def open_policies(text):
         name, _, path = part.partition("=")
         if not (name and path) or name in policies:
             common.fail(f"--policies {part!r}: expected name=finetune run, each name once")
-        policies[name] = path if path in ("expert", "random") else Policy(path)
+        policies[name] = path if path in ("expert", "random") else Policy(path, **how)
         if isinstance(policies[name], Policy) and len(policies[name].edges) != 2:
             common.fail(f"--policies {path}: predicts {len(policies[name].edges)} action "
                         "dimensions, the table top takes 2")
@@ -111,7 +117,7 @@ def share(success):
     return {"success": round(100 * p, 2), "se": round(100 * (p * (1 - p) / n) ** 0.5, 2), "n": n}
 
 def evaluate(c):
-    policies = open_policies(c.policies)
+    policies = open_policies(c.policies, bf16=c.bf16)
     splits = c.splits.split(",")
     with common.refuse("rollouts"):
         for split in splits:
@@ -189,12 +195,14 @@ class PredictConfig:
     policy: str  # pretrain or finetune run, or converted official weights
     image: str  # picture file
     instruction: str  # what the robot is told
+    bf16: bool = False  # weights and arithmetic in bfloat16
 
 def predict(c):
     """Print the latent action, or the robot's, for one picture and instruction"""
     with common.refuse(f"--image {c.image}: cannot be read", (OSError, ValueError, SyntaxError)):
         image = np.asarray(Image.open(c.image).convert("RGB"))
-    policy, began = Policy(c.policy, "policy", ("pretrain", "finetune")), time.time()
+    policy = Policy(c.policy, "policy", ("pretrain", "finetune"), c.bf16)
+    began = time.time()
     (answer,) = policy([image], [c.instruction])
     what = "latent action" if policy.kind == LATENT else "action" if policy.edges else "action bins"
     print(f"{what}: {answer.tolist()} ({time.time() - began:.3f} s)")

@@ -15,10 +15,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import common
 import data
-from model import ACTION, VLAConfig, build_vla
+from common import whole
+from model import ACTION, LOW_RANK, VLAConfig, build_vla
 
 @dataclass(kw_only=True)
 class FinetuneConfig(common.TrainConfig):
@@ -36,7 +39,8 @@ class FinetuneConfig(common.TrainConfig):
     steps: int = 2000  # paper: real robot; SIMPLER 500
     batch: int = 128  # rows a step, over all processes
     lr: float = 2e-5  # AdamW 0.9/0.95, constant, no weight decay (code)
-    head_lr: float = 1.0  # rate of the fresh action head and table, relative to lr
+    head_lr: float = 1.0  # rate of the fresh action head and table (and LoRA), relative to lr
+    lora_rank: int = 0  # freeze the body but for changes of this rank (LoRA); 0: all of it learns
     log_every: int = 25  # steps
     save_every: int = 500  # steps between checkpoints; 0: only the last
 
@@ -53,6 +57,49 @@ def loss_of(model, rows, soft):
     hidden = model(rows["tokens"], rows["kinds"], rows["images"])
     return model.answer_loss(hidden, rows, ACTION, soft)
 
+# ------------------------------------------------------------------------ LoRA
+class LowRank(nn.Module):
+    """y = W x + up (down x) in the place of a linear layer: W is frozen, a change of low rank is
+    learned, from 0 on (LoRA, Hu et al. 2021).  [.., inputs] -> [.., outputs]"""
+
+    def __init__(self, linear, rank, dtype):
+        super().__init__()
+        W = linear.weight.detach()
+        self.weight = nn.Parameter(W.to(dtype), requires_grad=False)
+        self.down = nn.Parameter(W.new_empty(rank, W.shape[1]))
+        self.up = nn.Parameter(W.new_empty(W.shape[0], rank))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        nn.init.normal_(self.down, std=self.down.shape[1]**-0.5)
+        nn.init.zeros_(self.up)
+
+    def forward(self, x):
+        return F.linear(x, self.weight) + F.linear(F.linear(x, self.down), self.up)
+
+def add_low_rank(model, rank, dtype):
+    """Freeze a VLA but for its action table and head; every linear layer of its blocks learns a
+    change of this rank, beside weights kept in dtype"""
+    model.requires_grad_(False)
+    model.action_embed.requires_grad_(True)
+    model.action_head.requires_grad_(True)
+    for block in model.layers:
+        for name, linear in list(block.named_children()):
+            if isinstance(linear, nn.Linear):
+                setattr(block, name, LowRank(linear, rank, dtype))
+
+def merged(model, weights):
+    """(name, tensor) of a VLA, low-rank changes added to the `weights` that they began from"""
+    state = model.state_dict()
+    for name, tensor in state.items():
+        stem = name.removesuffix("weight")
+        if stem + "up" in state:
+            change = whole(state[stem + "up"]) @ whole(state[stem + "down"])
+            yield name, weights[name][:] + change.cpu()
+        elif not name.endswith(LOW_RANK):
+            yield name, whole(tensor)
+
+# ------------------------------------------------------------------------ training
 def choose_bins(c, meta, few):
     """-> bin edges, an array a dimension.  A body pretrained on actions (ACTIONVLA, VPT) keeps its
     own with its action head; any other gets those of the labelled episodes."""
@@ -79,29 +126,33 @@ def train(c):
     with common.refuse(f"--init_from {c.init_from}"):
         model = build_vla(VLAConfig(**{**shape, "latent_vocab": 0,
                                        "action_vocab": shape["action_vocab"] or c.bins}))
+        if c.lora_rank:
+            add_low_rank(model, c.lora_rank, torch.bfloat16 if c.bf16 else torch.float32)
         processes.shard(model, c, model.layers)
         fresh = model.adopt(weights, data.opening_tags(tokenizer) if c.like_tag else None)
+    new = [name for name in fresh if not name.endswith(LOW_RANK)]
     processes.say(f"inherited {c.init_from} (pretrained on {meta['labels']} labels, step "
-                  f"{meta['step']}); fresh: {', '.join(fresh) or 'nothing'}; bins a dimension: "
+                  f"{meta['step']}); fresh: {', '.join(new) or 'nothing'}; bins a dimension: "
                   f"{', '.join(str(max(1, len(e) - 1)) for e in edges)}")
     run = common.Run(c, processes, "finetune", model.config, data=dataset.fingerprint,
-                     labelled=c.labelled, init_from=common.fingerprint(c.init_from))
+                     labelled=c.labelled, init_from=common.fingerprint(c.init_from),
+                     lora_rank=c.lora_rank)
     model.action_embed.weight.requires_grad_(not c.freeze_table)
     groups = model.parameter_groups(c.lr, c.head_lr, fresh, c.freeze_vision)
     optimizer = common.make_optimizer(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=c.bf16)
-    known = np.concatenate([e.actions for e in few])
     meta = {"labels": meta["labels"], "template": meta["template"],
-            "bins": [list(e) for e in edges], "action_mean": known.mean(0).tolist(),
-            "action_std": known.std(0).tolist()}
+            "bins": [list(e) for e in edges]}
     files = {"tokenizer.json": tokenizer.to_str()}
     if vqgan:
         meta["vqgan"], files["vqgan.safetensors"] = vqgan.config.__dict__, vqgan.file
     bins = [data.to_bins(e.actions, edges) for e in few]
     which = lambda step: data.draw(c.seed, step, c.batch, [len(b) for b in bins])[mine]
-    run.restore(model, optimizer, meta, files, lambda step: [few[e].id for e, _ in which(step)])
+    run.restore(model, optimizer, meta, files, lambda step: [few[e].id for e, _ in which(step)],
+                lambda: merged(model, weights))
     if vqgan and not c.shift:  # shifted pictures are tokenised as they come, others once
         data.add_codes(few, vqgan, processes)
-    processes.say(f"{len(few)} labelled episodes, {len(known)} actions, {processes.device}")
+    processes.say(f"{len(few)} labelled episodes, {sum(map(len, bins))} actions, "
+                  f"{processes.device}")
 
     sequences = data.Sequences(tokenizer, model.config.image_tokens, meta["template"], c.length,
                                c.official_cut)

@@ -12,6 +12,7 @@ patches of a frame, D width, K code_len, Q quant_dim, L sequence length, V a voc
 import math
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 
 import torch
 import torch.nn.functional as F
@@ -354,6 +355,7 @@ class LAQ(nn.Module):
 VOCABULARIES = "text", "vision", "latent", "action"
 TEXT, VISION, LATENT, ACTION = range(4)  # the vocabulary a position belongs to
 END_OF_IMAGE = 8193  # in the vision vocabulary, behind an image's codes
+LOW_RANK = ".down", ".up"  # how the names of what LoRA adds end (see finetune.py)
 
 @dataclass
 class VLAConfig:
@@ -380,10 +382,11 @@ class VLAConfig:
         return patches + bool(self.vision_vocab)
 
 def rotate(x, cos, sin):
-    """Interleaved rotary embedding: channel pairs (2i, 2i+1). x [B, heads, L, D]"""
-    even, odd = x[..., 0::2].float(), x[..., 1::2].float()
-    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return turned.flatten(-2).to(x.dtype)
+    """Interleaved rotary embedding: channel pairs (2i, 2i+1). x [B, heads, L, dim_head]; cos and
+    sin [.., dim_head] hold each angle twice, sin first with a minus"""
+    y = x.float()
+    swapped = y.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return (y * cos + swapped * sin).to(x.dtype)
 
 def rope_table(angle, rounded):
     """Cosine and sine of angles; rounded: as official bf16 code makes them (formats section 2)"""
@@ -403,13 +406,13 @@ class Block(nn.Module):
         self.wq, self.wk, self.wv, self.wo = (linear(c.dim, c.dim) for _ in range(4))
         self.w1, self.w3, self.w2 = linear(c.dim, c.mlp), linear(c.dim, c.mlp), linear(c.mlp, c.dim)
 
-    def forward(self, x, rope, mask, cache=None):
+    def forward(self, x, rope, mask, cache=None, at=None):
         split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # B heads L dim_head
         y = self.attention_norm(x)
         q, k, v = rotate(split(self.wq(y)), *rope), rotate(split(self.wk(y)), *rope), \
             split(self.wv(y))
-        if cache is not None:  # keys and values of all positions so far, [B, heads, L, D] each
-            k, v = cache[:] = [torch.cat(pair, dim=2) for pair in zip(cache, (k, v))] or [k, v]
+        if cache is not None:  # keys and values of all places, [2, B, heads, S, dim_head]
+            k, v = cache.index_copy_(3, at, torch.stack((k, v)).to(cache.dtype))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         x = x + self.wo(y.transpose(1, 2).flatten(2))
         y = self.ffn_norm(x)
@@ -437,25 +440,29 @@ class VLA(nn.Module):
         self.patches = c.patch_size > 0 and not c.vision_vocab
         if self.patches:
             self.patch_embed = nn.Linear(3 * c.patch_size**2, c.dim)
-            grid = c.image_size // c.patch_size
-            self.patch_position = nn.Parameter(smooth_positions(grid, c.dim))
+            self.patch_position = nn.Parameter(torch.empty(c.image_tokens, c.dim))
         self.layers = nn.ModuleList(Block(c) for _ in range(c.layers))
         self.norm = nn.RMSNorm(c.dim, c.rms_eps)
+        self.register_buffer("cache", None, persistent=False)
         self.text_head = nn.Linear(c.dim, c.text_vocab, bias=False)
         for name in VOCABULARIES[1:]:
             size = getattr(c, f"{name}_vocab")
             setattr(self, f"{name}_embed", nn.Embedding(size, c.dim) if size else None)
             setattr(self, f"{name}_head", nn.Linear(c.dim, size, bias=False) if size else None)
         self.apply(self.init_weights)
-        if self.patches:
-            nn.init.normal_(self.patch_embed.weight, std=0.06)  # 0.02 takes twice as long to see
 
-    @staticmethod
-    def init_weights(module):
+    def init_weights(self, module):
+        """Fresh weights of one module, of the model itself last (see nn.Module.apply)"""
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=0.02)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
+        elif hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+        if module is self and self.patches:
+            nn.init.normal_(self.patch_embed.weight, std=0.06)  # 0.02 takes twice as long to see
+            grid = self.config.image_size // self.config.patch_size
+            put(self.patch_position, smooth_positions(grid, self.config.dim))
 
     def parameter_groups(self, lr, head_lr, fresh, freeze_vision):
         """Optimizer groups: `fresh` tensors at head_lr x lr, others at lr or frozen (paper 3.2)"""
@@ -477,30 +484,39 @@ class VLA(nn.Module):
         x = sum(table(torch.where(kinds == kind, tokens, 0)) * (kinds == kind)[..., None]
                 for kind, (table, _) in self.heads().items())
         if images is not None:
-            patches = self.patch_embed(patchify(images, self.config.patch_size))
+            patches = self.patch_embed(
+                patchify(images, self.config.patch_size).to(self.patch_embed.weight.dtype))
             patches = (patches + self.patch_position).to(x.dtype)
             x = x.masked_scatter((kinds == VISION)[..., None], patches)
         return x
 
-    def forward(self, tokens, kinds, images=None, valid=None, caches=None, start=0):
+    def forward(self, tokens, kinds, images=None, valid=None):
         """Final hidden states [B, L, D]; score them with `score`.
 
-        tokens, kinds int64 [B, L]; images [B, 3, H, W] in [-1, 1]; valid bool [B, start + L] marks
-        the keys that are no padding (None: all); caches, a list a layer, hold the keys and
-        values of `start` earlier positions.  Position ids count valid tokens (as official)."""
-        at, mask = torch.arange(start + tokens.shape[1], device=tokens.device), None
+        tokens, kinds int64 [B, L]; images [B, 3, H, W] in [-1, 1]; valid: see `body`"""
+        return self.body(self.embed(tokens, kinds, images), valid)
+
+    def body(self, x, valid=None, at=None, cache=()):
+        """Embeddings [B, L, D] -> final hidden states [B, L, D].
+
+        valid bool [B, S] marks the keys that are no padding (None: all); at int64 [L] are the
+        places of x among the S (None: 0 to L); cache [layers, 2, B, heads, S, dim_head] holds the
+        keys and values of all places.  Position ids count valid tokens (as official)."""
+        at, mask = torch.arange(x.shape[1], device=x.device) if at is None else at, None
         position = at[None]
         if valid is not None:
-            position = (valid.long().cumsum(1) - 1).clamp(min=0)[:, start:]
-            mask = (at[None, :] <= at[start:, None]) & valid[:, None, None, :]
-            mask = mask | (at[None, :] == at[start:, None])  # a padding row sees itself: no NaN
+            key = torch.arange(valid.shape[1], device=x.device)
+            position = (valid.long().cumsum(1) - 1).clamp(min=0)[:, at]
+            seen = (key <= at[:, None]) & valid[:, None, None, :]
+            seen = seen | (key == at[:, None])  # a padding row sees itself: no NaN
+            mask = torch.zeros_like(seen, dtype=x.dtype).masked_fill(~seen, -math.inf)
         c = self.config
-        half = torch.arange(0, c.dim // c.heads, 2, device=tokens.device).float()
+        half = torch.arange(0, c.dim // c.heads, 2, device=x.device).float()
         angle = position[:, None, :, None] * c.rope_theta ** (-half / (c.dim // c.heads))
-        rope = rope_table(angle, c.rounded_rope)
-        x = self.embed(tokens, kinds, images)
-        for i, block in enumerate(self.layers):
-            x = block(x, rope, mask, caches[i] if caches else None)
+        cos, sin = rope_table(angle, c.rounded_rope)
+        rope = cos.repeat_interleave(2, dim=-1), torch.stack((-sin, sin), dim=-1).flatten(-2)
+        for block, kept in zip_longest(self.layers, cache):
+            x = block(x, rope, mask, kept, at)
         return self.norm(x)
 
     def score(self, hidden, kind):
@@ -530,7 +546,8 @@ class VLA(nn.Module):
         tags: vocabulary -> its opening tag's token.  When given, fresh input tables begin where the
         body can already read: as their tag, or actions as latent actions, tag and all."""
         own = ("vision_", "latent_", "action_")
-        fresh = [n for n in self.state_dict() if n.startswith(own) and n not in weights]
+        fresh = [n for n in self.state_dict() if n not in weights
+                 and (n.startswith(own) or n.endswith(LOW_RANK))]
         shed = [n for n in weights if n.startswith(own) and n not in self.state_dict()]
         load_strictly(self, {n: w for n, w in weights.items() if n not in shed}, fresh)
         for kind, name in ((LATENT, "latent_embed.weight"), (ACTION, "action_embed.weight")):
@@ -544,21 +561,27 @@ class VLA(nn.Module):
                 put(table, row.expand(table.shape))
         return fresh
 
-    @torch.no_grad()
+    def decode(self, x, valid, at, kind):
+        """The token behind the last of the embeddings x at the places `at` (see body), [B, 1]"""
+        hidden = self.body(x, valid, at, self.cache)
+        return self.score(hidden[:, -1], kind).argmax(-1, keepdim=True)
+
+    @torch.inference_mode()
     def generate(self, tokens, kinds, images, valid, kind, count, official_eos=False):
         """Greedy continuation of left-padded prompts by `count` tokens of one vocabulary.
 
         tokens, kinds int64 [B, L], valid bool [B, L], images [B, 3, H, W] or None -> int64
         [B, count].  official_eos: 0 behind a token 2, which officially ends even latent codes."""
-        L = tokens.shape[1]
-        caches, start, fresh = [[] for _ in self.layers], 0, (tokens, kinds, images)
+        c, (B, L) = self.config, tokens.shape
+        shape = c.layers, 2, B, c.heads, L + count, c.dim // c.heads
+        if self.cache is None or self.cache.shape != shape:
+            self.cache = self.norm.weight.new_zeros(shape)
+        valid, at = F.pad(valid, (0, count), value=True), torch.arange(L, device=tokens.device)
+        x, answer = self.embed(tokens, kinds, images), []
         for _ in range(count):
-            hidden = self(*fresh, valid=valid, caches=caches, start=start)
-            chosen = self.score(hidden[:, -1], kind).argmax(-1, keepdim=True)
-            start, tokens = tokens.shape[1], torch.cat((tokens, chosen), dim=1)
-            fresh = chosen, torch.full_like(chosen, kind), None
-            valid = torch.cat((valid, torch.ones_like(chosen, dtype=torch.bool)), dim=1)
-        answer = tokens[:, L:]
+            answer.append(self.decode(x, valid, at, kind).clone())  # a CUDA graph reuses its output
+            x, at = self.heads()[kind][0](answer[-1]), at[-1:] + 1
+        answer = torch.cat(answer, dim=1)
         if official_eos:
             answer = answer * ((answer == 2).cumsum(1) - (answer == 2).long() == 0)
         return answer

@@ -135,7 +135,7 @@ def answers_for(c, processes, dataset, train_set, held_out):
     episodes (lists of [T, n] codes or bins, or of T captions), and what the checkpoint keeps"""
     both = train_set + held_out
     if c.labels == "caption":
-        missing = [e.id for e in both if "captions" not in e.info]
+        missing = [e.id for e in both if not e.info.get("captions")]
         if missing:
             common.fail(f"{c.data}/episodes.jsonl: episode {missing[0]!r}: field captions: "
                         "missing, and --labels caption needs it")

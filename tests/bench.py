@@ -1,35 +1,46 @@
-"""Speed of the parts, one table: python -m tests.bench, or make bench (under 5 minutes on 2 cores).
+"""Speed and memory of the parts, one table: python -m tests.bench [cpu | gpu | memory], make bench.
 
-Each row stands beside the matmul rate of the same precision, measured in the same process."""
+Each row stands beside the matmul rate (of its precision) or the memory bandwidth, measured in the
+same process, a process of its own.  `memory` computes what finetuning a 7B takes, on any machine."""
 
+import os
 import resource
+import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import torch
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import common
 import data
-import pretrain
+import finetune
 import quantize
-from model import ACTION, LAQ, TEXT, VISION, VLA, LAQConfig, VLAConfig
+from model import ACTION, LAQ, TEXT, VISION, VLA, LAQConfig, VLAConfig, build_vla
 
 PROCESSES = common.Processes()
 DEVICE = PROCESSES.device
-
-DTYPES = {False: torch.float32, True: torch.bfloat16}
+LINEAR = dict(vision_vocab=0, text_vocab=512, latent_vocab=0, action_vocab=256, rope_theta=1e4)
+SIZES = {  # network, rows of a step, tokens of a row, bf16, checkpointing
+    "tiny": (dict(dim=128, layers=4, heads=4, mlp=344, image_size=64, **LINEAR), 64, 42, 0, 0),
+    "200m": (dict(dim=1024, layers=16, heads=16, mlp=2752, image_size=128, **LINEAR), 8, 96, 1, 0),
+    "1b": (dict(dim=2048, layers=16, heads=16, mlp=5504, image_size=128, **LINEAR), 4, 96, 1, 1),
+    "7b": (dict(latent_vocab=0, action_vocab=256), 32, 384, 1, 1)}
 
 
 def wait():
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
+
 
 def seconds(work, budget=6.0, most=50):
     """Fastest of the runs that fit into the budget, after one to warm up, and all of them"""
@@ -43,14 +54,38 @@ def seconds(work, budget=6.0, most=50):
         times.append(time.perf_counter() - start)
     return min(times), times
 
-def matmul_rate(dtype, size=2048):
-    a = torch.rand(size, size, device=DEVICE).to(dtype)
+
+def matmul_rate(bf16, size=2048):
+    """Operations a second of a matrix product"""
+    a = torch.rand(size, size, device=DEVICE).to(torch.bfloat16 if bf16 else torch.float32)
     return 2 * size**3 / seconds(lambda: a @ a, 1.0)[0]
 
-def row(name, count, unit, time_taken, flops=0, rate=0):
-    share = f"{flops / time_taken / rate:.0%}" if flops else ""
-    print(f"| {name} | {count / time_taken:,.1f} {unit}/s | {1000 * time_taken:,.1f} ms | "
-          f"{share} |", flush=True)
+
+def bandwidth():
+    """Bytes a second that a matrix is read with, to be multiplied by a vector"""
+    a = torch.rand(8192, 8192, device=DEVICE)
+    return a.nbytes / seconds(lambda: torch.mv(a, a[0]), 1.0)[0]
+
+
+def peak_memory():
+    """Bytes that this process, or its GPU, has held at most"""
+    if DEVICE.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def row(name, rate, taken, share="", memory=None):
+    print(f"| {name} | {rate} | {taken} | {share} | {(memory or peak_memory()) / 1e9:.1f} GB |",
+          flush=True)
+
+
+def train_row(name, count, unit, bf16, work, flops=None):
+    """One row for a step on `count` units; the faster of two measurements of the matmul rate"""
+    flops, peak = flops or counted(work), matmul_rate(bf16)
+    taken = seconds(work, 12.0)[0]
+    row(f"{name}, {'bf16' if bf16 else 'fp32'}", f"{count / taken:,.1f} {unit}/s",
+        f"{1000 * taken:,.1f} ms", f"{flops / taken / max(peak, matmul_rate(bf16)):.0%} of matmul")
+
 
 def counted(work):
     """Operations of matrix products; the counter takes grouped convolutions for dense ones"""
@@ -59,23 +94,23 @@ def counted(work):
     table = counter.get_flop_counts()["Global"]
     return sum(count for operation, count in table.items() if "conv" not in str(operation))
 
-def laq(preset, batch, rates):
+
+def laq(preset, batch):
     c = quantize.QuantizeConfig(data="", out="", **quantize.PRESETS[preset])
-    c.batch, c.bf16 = batch, c.bf16 or preset == "lapa"
+    c.batch = batch
     torch.manual_seed(0)
     net = LAQ(LAQConfig(**{name: getattr(c, name) for name in LAQConfig.__dataclass_fields__}))
     PROCESSES.shard(net, c, net.blocks, whole=[net.quantizer.codebook])
     optimizer = quantize.make_optimizer(net, c)
     pairs = torch.rand(batch, 2, 3, c.image_size, c.image_size, device=DEVICE)
-    train = lambda: quantize.train_step(net, optimizer, PROCESSES, c, 1, pairs)
+
     def label():
         with torch.inference_mode(), PROCESSES.autocast(c):
             net.label(pairs)
-    rate = rates[c.bf16] = max(rates[c.bf16], matmul_rate(DTYPES[c.bf16]))  # others may share it
-    for name, work in (("training", train), ("labelling", label)):
-        flops = counted(work)
-        row(f"LAQ {preset} {name}, {batch} pairs, {'bf16' if c.bf16 else 'fp32'}", batch, "pairs",
-            seconds(work, 20.0 if preset == "lapa" else 6.0)[0], flops, rate)
+    train_row(f"LAQ {preset} training, {batch} pairs", batch, "pairs", c.bf16,
+              lambda: quantize.train_step(net, optimizer, PROCESSES, c, 1, pairs))
+    train_row(f"LAQ {preset} labelling, {batch} pairs", batch, "pairs", c.bf16, label)
+
 
 def loader():
     with tempfile.TemporaryDirectory() as folder:
@@ -89,60 +124,174 @@ def loader():
         which = [(0, int(t)) for t in rng.integers(0, 190, 64)]
         jpeg = lambda t: np.asarray(Image.open(f"{folder}/{t}.jpg").convert("RGB").resize(
             (256, 256), Image.BILINEAR))
+        peak = bandwidth()
         for name, work in (("cache", lambda: data.frame_pairs([episode], which, 0.6)),
                            ("two jpegs of 320x180 a pair",
                             lambda: np.stack([(jpeg(t), jpeg(t + 3)) for _, t in which]))):
-            row(f"64 pairs of 256x256 from {name}", 128, "frames", seconds(work, 3.0)[0])
+            taken = seconds(work, 3.0)[0]
+            row(f"64 pairs of 256x256 from {name}", f"{128 / taken:,.0f} frames/s",
+                f"{1000 * taken:,.1f} ms", f"{128 * 3 * 256**2 / taken / peak:.1%} of bandwidth")
 
-def vla(name, shape, batch, length, rates, bf16):
-    c = pretrain.PretrainConfig(data="", out="", batch=batch, bf16=bf16)
+
+def vla(name, lora_rank=0, compiled=False):
+    """A training step, then the latency of an action"""
+    shape, batch, length, bf16, checkpointing = SIZES[name]
+    c = finetune.FinetuneConfig(data="", out="", init_from="", batch=batch, bf16=bf16,
+                                checkpointing=checkpointing, lora_rank=lora_rank)
     torch.manual_seed(0)
-    net = VLA(VLAConfig(text_vocab=512, latent_vocab=0, action_vocab=256, **shape)).to(DEVICE)
-    picture = net.config.image_tokens
-    kinds = torch.zeros(batch, length, dtype=torch.long, device=DEVICE)
-    kinds[:, 8:8 + picture] = VISION
+    net = build_vla(VLAConfig(**shape))
+    if lora_rank:
+        finetune.add_low_rank(net, lora_rank, torch.bfloat16)
+    PROCESSES.shard(net, c, net.layers)
+    size, image_tokens = net.config.image_size, net.config.image_tokens
+    kinds = torch.full((batch, length), TEXT, device=DEVICE)
+    kinds[:, 8:8 + image_tokens] = VISION
     kinds[:, -8:] = ACTION
     tokens = torch.randint(0, 250, kinds.shape, device=DEVICE)
-    images = None if net.config.vision_vocab else torch.rand(
-        batch, 3, net.config.image_size, net.config.image_size, device=DEVICE)
+    images = None if net.config.vision_vocab else torch.rand(batch, 3, size, size, device=DEVICE)
     rows = {"tokens": tokens, "kinds": kinds, "targets": tokens, "target_kinds": kinds,
             "mask": kinds == ACTION, "images": images}
-    optimizer = common.make_optimizer(net.parameter_groups(1e-4, 1.0, (), False), fused=bf16)
-    def train():
-        PROCESSES.backward(net, c, lambda part: net.answer_loss(
-            net(part["tokens"], part["kinds"], part["images"]), part, ACTION), rows)
-        common.optimizer_step(optimizer, PROCESSES, c, 1)
-    kind = "bf16" if bf16 else "fp32"
-    row(f"VLA {name} training, {batch} rows of {length} tokens, {kind}", batch * length, "tokens",
-        seconds(train)[0], counted(train), rates[bf16])
-    prompt = (tokens[:1, :-8], kinds[:1, :-8].where(kinds[:1, :-8] == VISION, TEXT),
-              None if images is None else images[:1],
+    vla_training(f"VLA {name}" + f" LoRA {lora_rank}" * bool(lora_rank), net, c, rows)
+    net.zero_grad(set_to_none=True)
+    net = (net.to(torch.bfloat16) if bf16 else net).eval()
+    prompt = (tokens[:1, :-8], kinds[:1, :-8], None if images is None else images[:1],
               torch.ones(1, length - 8, dtype=torch.bool, device=DEVICE), ACTION)
-    with torch.inference_mode(), PROCESSES.autocast(c):
-        net.eval()
-        first, _ = seconds(lambda: net.generate(*prompt, 1), 3.0)
-        whole, times = seconds(lambda: net.generate(*prompt, 7), 3.0)
-    print(f"| VLA {name} action, batch 1, prompt of {length - 8}, {kind} | "
-          f"p50 {1000 * np.median(times):.1f}, p95 {1000 * np.quantile(times, 0.95):.1f} ms | "
-          f"prefill {1000 * first:.1f}, 7 tokens {1000 * (whole - first):.1f} ms | |", flush=True)
+    vla_action(f"VLA {name}", net, prompt, bf16)
+    if compiled:
+        net.decode = torch.compile(net.decode, mode="reduce-overhead")
+        vla_action(f"VLA {name} compiled", net, prompt, bf16)
 
-def main():
-    torch.set_num_threads(min(2, torch.get_num_threads()))
-    rates = {bf16: matmul_rate(dtype) for bf16, dtype in DTYPES.items()}
+
+def vla_training(name, net, c, rows):
+    groups = net.parameter_groups(1e-4, 1.0, (), False)
+    optimizer = common.make_optimizer(groups, fused=c.bf16)
+
+    def train():
+        PROCESSES.backward(net, c, lambda part: finetune.loss_of(net, part, 0.0), rows)
+        common.optimizer_step(optimizer, PROCESSES, c, 1)
+    batch, length = rows["tokens"].shape
+    flops = 3 * batch * net.config.layers * block_cost(net.config, length)[0]
+    train_row(f"{name} training, {batch} rows of {length} tokens"
+              + ", checkpointing" * c.checkpointing, batch * length, "tokens", c.bf16, train, flops)
+    if c.bf16:
+        computed = memory(net.config, batch, length, 1, c.checkpointing, c.lora_rank)
+        row("its memory, computed", "", "", "", sum(computed.values()))
+
+
+def vla_action(name, net, prompt, bf16):
+    """The latency of 7 action tokens behind a prompt (see VLA.generate)"""
+    with torch.inference_mode():
+        first, _ = seconds(lambda: net.generate(*prompt, 1), 3.0)
+        least, times = seconds(lambda: net.generate(*prompt, 7), 3.0, most=200)
+    token, read = (least - first) / 6, sum(p.nbytes for p in net.layers.parameters())
+    row(f"{name} action, prompt of {prompt[0].shape[1]}, {'bf16' if bf16 else 'fp32'}",
+        f"p50 {1000 * np.median(times):.1f}, p95 {1000 * np.quantile(times, 0.95):.1f} ms",
+        f"prefill {1000 * first:.1f}, a token {1000 * token:.2f} ms",
+        f"{read / token / bandwidth():.0%} of bandwidth")
+
+
+# ---------------------------------------------------------------- memory, computed
+def block_cost(config, length, lora_rank=0):
+    """One row through one block in bf16, without doing it -> operations of its matrix products,
+    bytes it keeps for the backward pass"""
+    def kept(length):
+        with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+            net, sizes = VLA(replace(config, layers=1)), {}
+            if lora_rank:
+                finetune.add_low_rank(net, lora_rank, torch.bfloat16)
+
+            def pack(tensor):
+                storage = tensor.untyped_storage()
+                sizes[storage._cdata] = storage.nbytes()
+                return tensor
+            x = torch.empty(1, length, config.dim, requires_grad=True)
+            rope = torch.empty(2, 1, 1, length, config.dim // config.heads)
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), \
+                    torch.autocast("cpu", torch.bfloat16):
+                net.layers[0](x, rope, None)
+            return sum(sizes.values()), counter.get_total_flops()
+    (once, flops), (twice, _) = kept(length), kept(2 * length)
+    return flops, twice - once  # what a longer row does not change are weights
+
+
+def memory(config, rows, length, gpus, checkpointing, lora_rank=0):
+    """Bytes that each GPU needs to finetune a VLA in bf16 on `rows` rows a GPU, by kind, when the
+    fp32 weights, gradients and both moments of Adam are laid out as Processes.shard does it"""
+    with torch.device("meta"):
+        net = VLA(config)
+    if lora_rank:
+        finetune.add_low_rank(net, lora_rank, torch.bfloat16)
+    learned = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    weights = sum(p.nbytes for p in net.parameters())
+    block = sum(p.numel() for p in net.layers[0].parameters())
+    root = sum(p.numel() for p in net.parameters()) - block * config.layers
+    linear = sum(p.numel() for p in net.layers.parameters() if p.dtype == torch.float32)
+    stream, kept = 4 * rows * length * config.dim, rows * block_cost(config, length, lora_rank)[1]
+    activations = stream * config.layers + kept if checkpointing else kept * config.layers
+    if gpus == 1:  # autocast's copies live through the forward pass, gradients come behind it
+        copies, gradients = 2 * linear, 4 * learned
+        behind = max(0, copies + activations - gradients)
+        return {"weights": weights, "optimizer": 8 * learned, "gradients": gradients,
+                "activations and copies": behind}
+    gathered = 2 * (root + 2 * block) + 4 * min(learned, 2 * block)  # this block and the next
+    return {"weights": weights / gpus, "optimizer": 8 * learned / gpus,
+            "gradients": 4 * learned / gpus, "activations and copies": gathered + activations}
+
+
+def memory_table(rows=8, length=384):
+    print(f"| GB a GPU, 7B, bf16, {rows} rows of {length} tokens a GPU | 1 GPU | 4 | 8 |\n"
+          "|---|---|---|---|")
+    config = VLAConfig(latent_vocab=0, action_vocab=256)
+    for name, checkpointing, rank in (("full finetuning", False, 0), ("checkpointing", True, 0),
+                                      ("LoRA 16", False, 16), ("LoRA 16, checkpointing", True, 16)):
+        cells = [memory(config, rows, length, n, checkpointing, rank) for n in (1, 4, 8)]
+        print(f"| {name} | " + " | ".join(f"{sum(cell.values()) / 1e9:.0f}" for cell in cells)
+              + " |")
+
+
+# ---------------------------------------------------------------- whole stages
+def stages(steps=60):
+    """The demo's stages as a user starts them: seconds of the whole process, start and data too"""
+    with tempfile.TemporaryDirectory() as home:
+        train = f"--preset tiny --steps {steps} --held_out 10 --out {home}"
+        videos = f"--data {home}/table"
+        for name, line in (
+                ("300 episodes recorded", f"data.py tabletop {home}/table --episodes 300"),
+                (f"quantize, {steps} steps of 64 pairs, labels, report card",
+                 f"quantize.py {train}/laq {videos}"),
+                (f"pretrain, {steps} steps of 64 rows",
+                 f"pretrain.py {train}/pretrain {videos} --laq {home}/laq"),
+                (f"finetune, {steps} steps of 64 rows",
+                 f"finetune.py {train}/finetune {videos} --init_from {home}/pretrain"),
+                ("evaluate, 2 x 50 rollouts",
+                 f"evaluate.py --policies X={home}/finetune --episodes 50 --film 0 --out {home}/e")):
+            began = time.time()
+            subprocess.run([sys.executable, *line.split()], cwd=ROOT, check=True,
+                           capture_output=True, env={**os.environ, "LAPA_CACHE": f"{home}/cache"})
+            usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+            row(name, "", f"{time.time() - began:.1f} s", "", usage.ru_maxrss * 1024)
+
+
+def main(what):
+    if what == "memory":
+        return memory_table()
+    if what == "gpu" and DEVICE.type != "cuda":
+        common.fail("no GPU here that torch can see")
     print(f"{DEVICE}, {torch.get_num_threads()} threads, torch {torch.__version__}; matmul "
-          + ", ".join(f"{name} {rates[k] / 1e9:,.0f} GFLOP/s" for k, name in
-                      ((False, "fp32"), (True, "bf16"))))
-    print("| what | rate | a step | of the matmul rate |\n|---|---|---|---|")
-    for preset, batch in (("tiny", 64), ("base", 16), ("lapa", 8)):
-        laq(preset, batch, rates)
-    loader()
-    tiny = dict(dim=128, layers=4, heads=4, mlp=344, vision_vocab=0, image_size=64)
-    vla("tiny", tiny, 64, 42, rates, False)
-    middle = dict(dim=1024, layers=16, heads=16, mlp=2752, vision_vocab=0, image_size=128)
-    vla("200m", middle, 8, 96, rates, True)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    print(f"peak memory of it all: {peak:.1f} GB; highest matmul rates seen: "
-          + ", ".join(f"{rate / 1e9:,.0f}" for rate in rates.values()) + " GFLOP/s")
+          f"{matmul_rate(False) / 1e9:,.0f} (fp32) and {matmul_rate(True) / 1e9:,.0f} (bf16) "
+          f"GFLOP/s, memory {bandwidth() / 1e9:,.0f} GB/s")
+    print("| what | rate | a step | share of the machine's | peak memory |\n|---|---|---|---|---|")
+    parts = [(laq, "tiny", 64), (laq, "base", 16), (laq, "lapa", 8), (loader,), (vla, "tiny"),
+             (vla, "200m"), (vla, "1b"), (stages,)]
+    if what == "gpu":
+        parts = [(laq, "lapa", 64), (vla, "1b", 0, True), (vla, "7b", 0, True), (vla, "7b", 16)]
+    for work, *arguments in parts:
+        child = torch.multiprocessing.get_context("spawn").Process(target=work, args=arguments)
+        child.start()
+        child.join()
+        if child.exitcode:
+            common.fail(f"{work.__name__} {arguments}: exit code {child.exitcode}")
+
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:] or ["cpu"])

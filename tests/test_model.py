@@ -10,10 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
+import bench
 import common
 import convert
 import data
 import model
+import pretrain
 import quantize
 import tabletop
 from model import ACTION, LATENT, TEXT, VISION, LAQ, LAQConfig, VLA, VLAConfig
@@ -251,6 +253,72 @@ def test_generation_with_a_cache_equals_the_full_pass_with_and_without_padding(v
         alone = vla.generate(tokens, kinds, images[i:i + 1], valid, kind, 5)
         assert torch.equal(alone[0], found[i]), text
     assert len(found.unique()) > 1
+
+
+def test_decoding_with_the_cache_gives_the_hidden_states_of_the_full_pass(vla):
+    tokens, kinds, valid = SEQUENCES.prompts(TEXTS, ACTION)
+    images = torch.rand(3, 3, 16, 16) * 2 - 1
+    answer = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
+    whole = torch.cat((tokens, answer), 1), torch.cat((kinds, torch.full_like(answer, ACTION)), 1)
+    valid = torch.cat((valid, answer > 0), 1)
+    full = vla(*whole, images, valid)
+    x, found, L = vla.embed(*whole, images), [], tokens.shape[1]
+    cache = torch.full((2, 2, 3, 2, L + 3, 16), 1e4)  # what an earlier prompt left there
+    with torch.no_grad():
+        for at in (range(L), [L], [L + 1], [L + 2]):
+            found.append(vla.body(x[:, list(at)], valid, torch.tensor(at), cache))
+    seen = valid[..., None]
+    torch.testing.assert_close(torch.cat(found, 1) * seen, full * seen, atol=1e-5, rtol=1e-5)
+
+
+def test_the_cache_of_one_prompt_does_no_harm_to_the_next(vla):
+    tokens, kinds, valid = SEQUENCES.prompts(TEXTS, ACTION)
+    answer = lambda images: vla.generate(tokens, kinds, images, valid, ACTION, 4)
+    first, second = torch.rand(2, 3, 3, 16, 16)
+    expected, other = answer(second), answer(first)
+    place = vla.cache.data_ptr()
+    assert torch.equal(answer(second), expected) and not torch.equal(other, expected)
+    assert vla.cache.data_ptr() == place  # it stays where a CUDA graph has seen it
+    assert "cache" not in vla.state_dict()
+
+
+def test_compiled_decoding_gives_the_same_tokens(vla):
+    tokens, kinds, valid = SEQUENCES.prompts(TEXTS, ACTION)
+    images = torch.rand(3, 3, 16, 16) * 2 - 1
+    expected = vla.generate(tokens, kinds, images, valid, ACTION, 4)
+    vla.decode = torch.compile(vla.decode, backend="aot_eager", fullgraph=True)
+    assert torch.equal(vla.generate(tokens, kinds, images, valid, ACTION, 4), expected)
+
+
+def test_a_model_from_the_meta_device_begins_as_one_that_was_built_in_place(vla):
+    with torch.device("meta"):
+        net = VLA(vla.config)
+    c = pretrain.PretrainConfig(data="", out="")
+    torch.manual_seed(0)
+    common.Processes().shard(net, c, net.layers)
+    for name, tensor in VLA(vla.config).state_dict().items():
+        found = net.state_dict()[name]
+        if "norm" in name or name == "patch_position":
+            assert torch.equal(found, tensor), name
+        else:
+            assert found.mean().abs() < 0.02 and 0.8 < found.std() / tensor.std() < 1.25 or \
+                not tensor.any() and not found.any(), name
+
+
+def test_memory_of_the_7b_by_hand():
+    """6.8e9 parameters: 4 bytes each in weights and gradients, 8 in Adam's moments; LoRA keeps the
+    6.5e9 of the blocks in 2 bytes"""
+    config = VLAConfig(latent_vocab=0, action_vocab=256)
+    full, shared, low = (bench.memory(config, 1, 384, gpus, True, rank)
+                         for gpus, rank in ((1, 0), (8, 0), (1, 16)))
+    assert full["weights"] == full["gradients"] == full["optimizer"] / 2 == 4 * 6_809_718_784
+    assert shared["weights"] == full["weights"] / 8
+    assert low["weights"] == pytest.approx(2 * 6.476e9 + 4 * 0.374e9, rel=1e-3)
+    assert low["gradients"] < 0.02 * full["gradients"]
+    kept = [bench.memory(config, rows, 384, 8, remade)["activations and copies"]
+            for rows, remade in ((1, False), (2, False), (2, True))]
+    assert kept[1] - kept[0] == pytest.approx(384 * 32 * 4096 * 57, rel=0.1)  # measured: 57.4
+    assert kept[2] < kept[1]
 
 
 def test_positions_use_their_own_vocabulary_and_see_only_the_past(vla):

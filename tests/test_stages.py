@@ -119,6 +119,29 @@ def test_finetuning_inherits_the_body_and_keeps_vision_frozen(runs):
     assert bins[0] == bins[1] != bins[2]  # ACTIONVLA keeps its bins with its head
 
 
+@pytest.mark.parametrize("init, more", [("latent", ""), ("action", ""),
+                                        ("latent", " --bf16 true --checkpointing true")])
+def test_low_rank_finetuning_exports_merged_weights(runs, inside, tmp_path, init, more):
+    line = f"{FINETUNE} --init_from DIR/{init} --lora_rank 2 --out {tmp_path}/lora{more}"
+    assert inside(*line.replace("DIR", str(runs[0])).split()) == 0
+    before, after, full = (weights(p) for p in (runs[0] / init, tmp_path / "lora", runs[0] / "LAPA"))
+    assert {n: w.shape for n, w in after.items()} == {n: w.shape for n, w in full.items()}
+    for name in after.keys() & before.keys():
+        change = after[name] - before[name]
+        if name.startswith("layers.") and change.dim() == 2:
+            assert 1 <= torch.linalg.matrix_rank(change, rtol=1e-3) <= 2, name
+        else:
+            assert name in ("text_embed.weight", "action_head.weight") or not change.any(), name
+    assert init == "latent" or (after["action_head.weight"] != before["action_head.weight"]).any()
+    learned = training_state(common.latest(tmp_path / "lora"))["optimizer"]["state"]
+    assert all(name.endswith((".up", ".down", "action_head.weight")) for name in learned)
+    assert len(learned) == 4 * 7 * 2 + 1
+    line = line.replace("DIR", str(runs[0])).replace("--lora_rank 2", "--resume true --steps 4")
+    assert inside(*line.split()) == 2  # continued as another
+    assert inside(*f"evaluate.py --policies A={tmp_path}/lora --out {tmp_path}/e --episodes 2 "
+                  "--max_steps 2 --bf16 true".split()) == 0
+
+
 def test_evaluation_counts_every_policy_and_split(runs, inside, tmp_path):
     arms = json.loads((runs[0] / "evaluate/results.json").read_text())["arms"]
     assert list(arms) == ["LAPA", "SCRATCH", "RANDOM", "EXPERT"]
@@ -326,7 +349,8 @@ def test_checkpoints_are_whole_pointed_at_and_pruned(tmp_path, capsys):
 
 @pytest.mark.parametrize("line", [
     "quantize.py --data DIR/table --held_out 2 --preset tiny", f"{PRETRAIN} --laq DIR/laq",
-    f"{FINETUNE} --init_from DIR/latent"], ids=lambda line: line.split(".")[0])
+    f"{FINETUNE} --init_from DIR/latent", f"{FINETUNE} --init_from DIR/latent --lora_rank 2"],
+    ids=["quantize", "pretrain", "finetune", "LoRA"])
 def test_resuming_changes_nothing(runs, inside, tmp_path, line):
     """4 steps in one go equal a run that was killed after its checkpoint of step 2 and resumed."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
