@@ -17,11 +17,12 @@ RUN := $(if $(filter 1,$(NPROC)),$(PY),.venv/bin/torchrun --nproc_per_node $(NPR
 SAME = --preset $(PRESET) --seed $(SEED) --resume true
 FROM = $(if $(BASE),--init_from $(BASE))
 
-.PHONY: all help setup data base quantize pretrain finetune scratch evaluate table test bench clean
+.PHONY: all help setup data base quantize pretrain finetune scratch evaluate table test bench bench-gpu \
+  memory clean
 all: $(if $(BUILTIN),evaluate,finetune)
 
 help:
-	@echo "make [setup|data|quantize|pretrain|finetune|evaluate|table|test|bench|clean]"
+	@echo "make [setup|data|quantize|pretrain|finetune|evaluate|table|test|bench|bench-gpu|memory|clean]"
 	@echo "with DATA=$(DATA) OUT=$(OUT) PRESET=$(PRESET) NPROC=$(NPROC) SEED=$(SEED) ARGS='--steps 500'"
 
 setup: .venv/ready
@@ -129,6 +130,13 @@ test: | .venv/ready
 
 bench: | .venv/ready
 	$(PY) -m tests.bench
+
+bench-gpu: | .venv/ready
+	$(PY) -m tests.bench gpu
+
+# What a 7B needs on 1, 4 and 8 GPUs, computed
+memory: | .venv/ready
+	$(PY) -m tests.bench memory
 
 clean:
 	rm -rf data/tabletop data/human data/scenes runs/demo runs/table .cache

@@ -1,7 +1,7 @@
 """Speed and memory of the parts, one table: python -m tests.bench [cpu | gpu | memory], make bench.
 
 Each row stands beside the matmul rate (of its precision) or the memory bandwidth, measured in the
-same process, a process of its own.  `memory` computes what finetuning a 7B takes, on any machine."""
+same process, one of its own.  `memory` computes what finetuning a 7B takes, on any machine."""
 
 import os
 import resource
@@ -30,11 +30,15 @@ from model import ACTION, LAQ, TEXT, VISION, VLA, LAQConfig, VLAConfig, build_vl
 PROCESSES = common.Processes()
 DEVICE = PROCESSES.device
 LINEAR = dict(vision_vocab=0, text_vocab=512, latent_vocab=0, action_vocab=256, rope_theta=1e4)
-SIZES = {  # network, rows of a step, tokens of a row, bf16, checkpointing
-    "tiny": (dict(dim=128, layers=4, heads=4, mlp=344, image_size=64, **LINEAR), 64, 42, 0, 0),
-    "200m": (dict(dim=1024, layers=16, heads=16, mlp=2752, image_size=128, **LINEAR), 8, 96, 1, 0),
-    "1b": (dict(dim=2048, layers=16, heads=16, mlp=5504, image_size=128, **LINEAR), 4, 96, 1, 1),
-    "7b": (dict(latent_vocab=0, action_vocab=256), 32, 384, 1, 1)}
+SIZES = {  # network, options of a step, tokens of a row
+    "tiny": (dict(dim=128, layers=4, heads=4, mlp=344, image_size=64, **LINEAR),
+             dict(batch=64), 42),
+    "200m": (dict(dim=1024, layers=16, heads=16, mlp=2752, image_size=128, **LINEAR),
+             dict(batch=8, bf16=True), 96),
+    "1b": (dict(dim=2048, layers=16, heads=16, mlp=5504, image_size=128, **LINEAR),
+           dict(batch=4, bf16=True, checkpointing=True), 96),
+    "7b": (dict(latent_vocab=0, action_vocab=256),
+           dict(batch=32, bf16=True, checkpointing=True), 384)}
 
 
 def wait():
@@ -135,14 +139,17 @@ def loader():
 
 def vla(name, lora_rank=0, compiled=False):
     """A training step, then the latency of an action"""
-    shape, batch, length, bf16, checkpointing = SIZES[name]
-    c = finetune.FinetuneConfig(data="", out="", init_from="", batch=batch, bf16=bf16,
-                                checkpointing=checkpointing, lora_rank=lora_rank)
+    shape, options, length = SIZES[name]
+    c = finetune.FinetuneConfig(data="", out="", init_from="", lora_rank=lora_rank, **options)
+    batch = c.batch
     torch.manual_seed(0)
     net = build_vla(VLAConfig(**shape))
     if lora_rank:
         finetune.add_low_rank(net, lora_rank, torch.bfloat16)
     PROCESSES.shard(net, c, net.layers)
+    for p in net.parameters():
+        if lora_rank and p.dtype == torch.bfloat16:  # stands in for a checkpoint's weights
+            torch.nn.init.normal_(p, std=0.02)
     size, image_tokens = net.config.image_size, net.config.image_tokens
     kinds = torch.full((batch, length), TEXT, device=DEVICE)
     kinds[:, 8:8 + image_tokens] = VISION
@@ -153,13 +160,13 @@ def vla(name, lora_rank=0, compiled=False):
             "mask": kinds == ACTION, "images": images}
     vla_training(f"VLA {name}" + f" LoRA {lora_rank}" * bool(lora_rank), net, c, rows)
     net.zero_grad(set_to_none=True)
-    net = (net.to(torch.bfloat16) if bf16 else net).eval()
+    net = (net.to(torch.bfloat16) if c.bf16 else net).eval()
     prompt = (tokens[:1, :-8], kinds[:1, :-8], None if images is None else images[:1],
               torch.ones(1, length - 8, dtype=torch.bool, device=DEVICE), ACTION)
-    vla_action(f"VLA {name}", net, prompt, bf16)
+    vla_action(f"VLA {name}", net, prompt, c.bf16)
     if compiled:
-        net.decode = torch.compile(net.decode, mode="reduce-overhead")
-        vla_action(f"VLA {name} compiled", net, prompt, bf16)
+        net.decode = torch.compile(net.decode, mode="reduce-overhead", dynamic=False)
+        vla_action(f"VLA {name} compiled", net, prompt, c.bf16)
 
 
 def vla_training(name, net, c, rows):
@@ -264,7 +271,8 @@ def stages(steps=60):
                 (f"finetune, {steps} steps of 64 rows",
                  f"finetune.py {train}/finetune {videos} --init_from {home}/pretrain"),
                 ("evaluate, 2 x 50 rollouts",
-                 f"evaluate.py --policies X={home}/finetune --episodes 50 --film 0 --out {home}/e")):
+                 f"evaluate.py --policies X={home}/finetune --episodes 50 --film 0 "
+                 f"--out {home}/e")):
             began = time.time()
             subprocess.run([sys.executable, *line.split()], cwd=ROOT, check=True,
                            capture_output=True, env={**os.environ, "LAPA_CACHE": f"{home}/cache"})

@@ -14,6 +14,7 @@ import bench
 import common
 import convert
 import data
+import finetune
 import model
 import pretrain
 import quantize
@@ -288,6 +289,21 @@ def test_compiled_decoding_gives_the_same_tokens(vla):
     expected = vla.generate(tokens, kinds, images, valid, ACTION, 4)
     vla.decode = torch.compile(vla.decode, backend="aot_eager", fullgraph=True)
     assert torch.equal(vla.generate(tokens, kinds, images, valid, ACTION, 4), expected)
+
+
+def test_low_rank_changes_begin_at_nothing_from_the_meta_device_on(vla):
+    with torch.device("meta"):
+        net = VLA(vla.config)
+    finetune.add_low_rank(net, 2, torch.bfloat16)
+    c = finetune.FinetuneConfig(data="", out="", init_from="")
+    common.Processes().shard(net, c, net.layers)
+    assert all(name.endswith(model.LOW_RANK) for name in net.adopt(vla.state_dict()))
+    assert net.layers[0].wq.weight.dtype == torch.bfloat16
+    rows = SEQUENCES.rows(TEXTS, [[1, 2]] * 3, ACTION)
+    images = torch.rand(3, 3, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden, known = (m(rows["tokens"], rows["kinds"], images) for m in (net, vla))
+    torch.testing.assert_close(hidden, known)
 
 
 def test_a_model_from_the_meta_device_begins_as_one_that_was_built_in_place(vla):

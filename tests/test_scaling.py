@@ -37,6 +37,7 @@ def trained(start, tmp_path_factory):
              "pretrain": ("pretrain.py", "--laq", home / "quantize", *shared),
              "finetune": ("finetune.py", "--init_from", home / "pretrain", "--labelled", 4,
                           *shared)}
+    lines["LoRA"] = *lines["finetune"][:5], "--lora_rank", 4, "--checkpointing", "true", *shared
     for name, line in lines.items():
         run(*line, home / name)
     return home, lines, run
@@ -48,7 +49,7 @@ def losses(folder):
     return [row["loss"] for row in rows]
 
 
-@pytest.mark.parametrize("name", ["quantize", "pretrain", "finetune"])
+@pytest.mark.parametrize("name", ["quantize", "pretrain", "finetune", "LoRA"])
 def test_two_processes_train_as_one(trained, tmp_path, name):
     home, lines, run = trained
     run(*TWO, *lines[name], tmp_path / "two")
@@ -58,7 +59,7 @@ def test_two_processes_train_as_one(trained, tmp_path, name):
     assert all(torch.allclose(found[key], known[key], atol=1e-4) for key in known)
 
 
-@pytest.mark.parametrize("name", ["quantize", "finetune"])
+@pytest.mark.parametrize("name", ["quantize", "finetune", "LoRA"])
 def test_one_process_resumes_two_and_two_one(trained, tmp_path, name):
     home, lines, run = trained
     for launch, steps in ((TWO, 8), ((), 14), (TWO, 20)):

@@ -124,7 +124,7 @@ def test_finetuning_inherits_the_body_and_keeps_vision_frozen(runs):
 def test_low_rank_finetuning_exports_merged_weights(runs, inside, tmp_path, init, more):
     line = f"{FINETUNE} --init_from DIR/{init} --lora_rank 2 --out {tmp_path}/lora{more}"
     assert inside(*line.replace("DIR", str(runs[0])).split()) == 0
-    before, after, full = (weights(p) for p in (runs[0] / init, tmp_path / "lora", runs[0] / "LAPA"))
+    before, after, full = map(weights, (runs[0] / init, tmp_path / "lora", runs[0] / "LAPA"))
     assert {n: w.shape for n, w in after.items()} == {n: w.shape for n, w in full.items()}
     for name in after.keys() & before.keys():
         change = after[name] - before[name]
