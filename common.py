@@ -25,15 +25,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.state_dict import (get_optimizer_state_dict,
-                                                     set_optimizer_state_dict)
+from torch.distributed.checkpoint import CheckpointException, DefaultLoadPlanner, state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-BROKEN = dcp.api.CheckpointException
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process needs none
 warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # our blocks write into no view
 
@@ -406,7 +403,6 @@ class Run:
 
     def __init__(self, config, processes, stage, shape, **identity):
         self.c, self.out, self.processes, self.stage = config, Path(config.out), processes, stage
-        self.alone = processes.world == 1
         identity |= {"model": shape.__dict__} | {n: getattr(config, n) for n in
                                                  ("where", "seed", "batch")}
         self.meta = {"stage": stage, "model": shape.__dict__, "identity": identity,
@@ -443,18 +439,18 @@ class Run:
         self.meta, self.files = self.meta | meta, files
         if self.found:
             state = self.state()
-            with refuse(f"--out {self.found}: cannot be continued", (Exception, BROKEN)):
+            with refuse(f"--out {self.found}: cannot be continued",
+                        (Exception, CheckpointException)):
                 for part in state:  # what never had a gradient has no optimizer state
                     dcp.load({part: state[part]}, checkpoint_id=self.found / "training",
-                             planner=DefaultLoadPlanner(allow_partial_load=part == "optimizer"),
-                             no_dist=self.alone)
+                             planner=DefaultLoadPlanner(allow_partial_load=part == "optimizer"))
                 model.load_state_dict(state["model"])
-                set_optimizer_state_dict(model, optimizer, state["optimizer"])
+                state_dict.set_optimizer_state_dict(model, optimizer, state["optimizer"])
             self.processes.say(f"resuming {self.out} at step {self.start}")
 
     def state(self):
         return {"model": self.model.state_dict(),
-                "optimizer": get_optimizer_state_dict(self.model, self.optimizer)}
+                "optimizer": state_dict.get_optimizer_state_dict(self.model, self.optimizer)}
 
     def loop(self, unit, batches):
         """Yield (step, batch) for the steps that are left, torch seeded by the step, behind a
@@ -485,7 +481,7 @@ class Run:
         if step % c.log_every == 0 or step == c.steps:
             numbers = {name: float(x) for name, x in {**numbers, **more()}.items()}
             self.numbers = self.processes.mean(numbers)
-            if not self.alone:
+            if self.processes.world > 1:
                 self.model.reshard()  # what a forward pass without a backward one has joined
             if self.processes.main:
                 self.log_row(step, time.time())
@@ -506,12 +502,12 @@ class Run:
         place = atomically(final, "draft", durable=True) if main else \
             contextlib.nullcontext(self.out / f".{final.name}.draft")
         with refuse(f"{final}: not written, {self.found or 'nothing'} is the last checkpoint",
-                    (OSError, RuntimeError, SafetensorError, BROKEN)), place as draft:
+                    (OSError, RuntimeError, SafetensorError, CheckpointException)), place as draft:
             if main:
                 write_checkpoint(draft, weights, {**self.meta, "step": step}, self.files)
             for _ in weights:  # nothing is left for the main process, others take part
                 pass
-            dcp.save(self.state(), checkpoint_id=draft / "training", no_dist=self.alone)
+            dcp.save(self.state(), checkpoint_id=draft / "training")
         if main:
             with atomically(self.out / "latest", durable=True) as draft:
                 draft.write_text(final.name + "\n")
