@@ -311,8 +311,8 @@ def atomically(path, tag=None, durable=False):
         with contextlib.suppress(OSError):
             draft.unlink()
 
-def write_atomically(path, text):
-    with atomically(path) as draft:
+def write_atomically(path, text, durable=False):
+    with atomically(path, durable=durable) as draft:
         draft.write_text(text)
 
 def save_weights(folder, tensors, shard=2 << 30):
@@ -509,8 +509,7 @@ class Run:
                 pass
             dcp.save(self.state(), checkpoint_id=draft / "training")
         if main:
-            with atomically(self.out / "latest", durable=True) as draft:
-                draft.write_text(final.name + "\n")
+            write_atomically(self.out / "latest", final.name + "\n", durable=True)
             for old in sorted(self.out.glob("step_*"))[:-self.c.keep]:
                 shutil.rmtree(old)
         self.found = final
