@@ -318,17 +318,16 @@ def write_atomically(path, text, durable=False):
 def save_weights(folder, tensors, shard=2 << 30):
     """Write (name, tensor) pairs to folder/model.safetensors or, where they take more than `shard`
     bytes, to numbered files with an index (Hugging Face's layout).  Holds one shard in memory."""
-    parts, held, size = [], {}, 0  # parts: the names in each file
+    parts, held = [], {}  # parts: the names in each file
     def write():
         save_file(held, folder / f"part{len(parts)}")
         parts.append(list(held))
         held.clear()
     for name, tensor in tensors:
         tensor = tensor.detach().cpu().contiguous()
-        if size + tensor.nbytes > shard and held:
+        if held and sum(t.nbytes for t in held.values()) + tensor.nbytes > shard:
             write()
-            size = 0
-        held[name], size = tensor, size + tensor.nbytes
+        held[name] = tensor
     if held:
         write()
     final = [f"model-{i:05}-of-{len(parts):05}.safetensors" for i in range(1, len(parts) + 1)]
