@@ -423,11 +423,10 @@ class Run:
         if processes.main:
             with refuse(f"--out {self.out}"):
                 self.out.mkdir(parents=True, exist_ok=True)
-            log = self.out / "metrics.jsonl"
-            lines = log.read_text().splitlines() if log.is_file() and self.start else []
+            self.log = self.out / "metrics.jsonl"
+            lines = self.log.read_text().splitlines() if self.log.is_file() and self.start else []
             done = lambda line: line.endswith("}") and json.loads(line)["step"] <= self.start
-            log.write_text("".join(line + "\n" for line in filter(done, lines)))
-            self.log = open(log, "a")
+            self.log.write_text("".join(line + "\n" for line in filter(done, lines)))
         self.began = time.time()
 
     def restore(self, model, optimizer, meta, files, ids, export=None):
@@ -521,8 +520,8 @@ class Run:
                               f"{self.unit}/s": f"{rate:.0f}"}, refresh=False)
         row = {"step": step, **self.numbers, f"{self.unit}_per_s": round(rate, 1),
                "seconds": round(now - self.began, 1)}
-        self.log.write(json.dumps(row) + "\n")
-        self.log.flush()
+        with open(self.log, "a") as log:
+            log.write(json.dumps(row) + "\n")
 
     def finish(self, summary=None, files=()):
         """Write summary.json (default: the last numbers), the mark of a finished stage"""
