@@ -48,8 +48,7 @@ class LAQConfig:
 
 def patchify(frames, p):
     """[.., C, H, W] -> patches of p x p pixels [.., N, C p p]; each runs channel, row, column"""
-    x = frames.unflatten(-1, (-1, p)).unflatten(-3, (-1, p))  # .. C g p g p
-    return x.movedim((-4, -2), (-5, -4)).flatten(-3).flatten(-3, -2)
+    return F.pixel_unshuffle(frames, p).flatten(-2).mT.contiguous()
 
 class PEG(nn.Module):
     """Position encoding generator: a depth-wise 3x3x3 convolution, causal in time. [B, T, N, D]"""
@@ -320,9 +319,8 @@ class LAQ(nn.Module):
         """x_t [B, 3, H, W], its embeddings [B, 1, N, D], quantised d [B, K, Q] -> x_{t+H}"""
         context = self.quantizer.tokens(values)  # B K D
         x = self.to_pixels(self.decoder(first, bias, context))[:, 0]  # B N 3pp
-        p, g = self.config.patch_size, self.config.grid
-        x = x.unflatten(2, (3, p, p)).unflatten(1, (g, g)).permute(0, 3, 1, 4, 2, 5).flatten(
-            4).flatten(2, 3)
+        x = x.mT.contiguous().unflatten(2, (self.config.grid, -1))  # B 3pp g g
+        x = F.pixel_shuffle(x, self.config.patch_size)
         return frame + x if self.config.residual else x
 
     def forward(self, pair, seen=None, noise=None):
