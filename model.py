@@ -10,6 +10,7 @@ Letters in shape comments, everywhere: B batch, T time (2 in a pair), C colour, 
 patches of a frame, D width, K code_len, Q quant_dim, L sequence length, V a vocabulary's size."""
 
 import math
+from collections import OrderedDict
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
@@ -619,30 +620,22 @@ class Residual(nn.Module):
         y = self.conv0(F.silu(self.norm0(x)))
         return self.conv2(x) + self.conv1(F.silu(self.norm1(y)))
 
-class Coder(nn.Module):
+def coder(channels, first, widths, blocks, out, up):
     """Encoder or decoder (`up`): a convolution to `first`, for each of `widths` a level of residual
     blocks, half or twice the resolution in between, two blocks where it is lowest, a convolution"""
-
-    def __init__(self, channels, first, widths, blocks, out, up):
-        super().__init__()
-        def level(i):
-            w = widths[i]
-            resample = [nn.Upsample(scale_factor=2), conv3x3(w, w)] if up else \
-                [nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(w, w, 3, stride=2)]  # below and right (code)
-            return nn.Sequential(
-                *(Residual(w if b else widths[i - 1] if i else first, w) for b in range(blocks)),
-                *resample * (i + 1 < len(widths)))
-        low = widths[0 if up else -1]
-        self.conv0 = conv3x3(channels, first)
-        self.levels = nn.Sequential(*map(level, range(len(widths))))
-        self.middle = nn.Sequential(Residual(low, low), Residual(low, low))
-        self.norm0, self.conv1 = norm(widths[-1]), conv3x3(widths[-1], out)
-        self.up = up
-
-    def forward(self, x):
-        x = self.conv0(x)
-        x = self.levels(self.middle(x)) if self.up else self.middle(self.levels(x))
-        return self.conv1(F.silu(self.norm0(x)))
+    def level(i):
+        w = widths[i]
+        resample = [nn.Upsample(scale_factor=2), conv3x3(w, w)] if up else \
+            [nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(w, w, 3, stride=2)]  # below and right (code)
+        return nn.Sequential(
+            *(Residual(w if b else widths[i - 1] if i else first, w) for b in range(blocks)),
+            *resample * (i + 1 < len(widths)))
+    low = widths[0 if up else -1]
+    body = [("levels", nn.Sequential(*map(level, range(len(widths))))),
+            ("middle", nn.Sequential(Residual(low, low), Residual(low, low)))]
+    return nn.Sequential(OrderedDict([
+        ("conv0", conv3x3(channels, first)), *body[::-1 if up else 1], ("norm0", norm(widths[-1])),
+        ("silu", nn.SiLU()), ("conv1", conv3x3(widths[-1], out))]))
 
 class VQGAN(nn.Module):
     """images float [B, 3, H, W] in [-1, 1] <-> codes int64 [B, N], row by row"""
@@ -651,11 +644,11 @@ class VQGAN(nn.Module):
         super().__init__()
         c = self.config = config
         widths = [c.hidden * m for m in c.multipliers]
-        self.encoder = Coder(3, c.hidden, widths, c.blocks, c.z_channels, up=False)
+        self.encoder = coder(3, c.hidden, widths, c.blocks, c.z_channels, up=False)
         self.to_code = nn.Conv2d(c.z_channels, c.quant_dim, 1)
         self.codebook = nn.Parameter(torch.randn(c.codebook_size, c.quant_dim))
         self.from_code = nn.Conv2d(c.quant_dim, c.z_channels, 1)
-        self.decoder = Coder(c.z_channels, widths[-1], widths[::-1], c.blocks + 1, 3, up=True)
+        self.decoder = coder(c.z_channels, widths[-1], widths[::-1], c.blocks + 1, 3, up=True)
 
     @torch.no_grad()
     def encode(self, images):
