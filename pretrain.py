@@ -113,8 +113,7 @@ def train_inverse_dynamics(c, processes, few):
     idm = nn.ModuleDict({"encoder": encoder, "head": nn.Linear(width, known.shape[1])})
     idm.to(processes.device)
     scale = torch.from_numpy(np.stack([known.mean(0), known.std(0) + 1e-6])).to(processes.device)
-    params = [p for n, p in idm.named_parameters() if "decoder" not in n and "to_pixels" not in n]
-    optimizer = common.make_optimizer([{"params": params, "lr": 1e-3}])
+    optimizer = common.make_optimizer([{"params": idm.parameters(), "lr": 1e-3}])
     lengths = [min(len(e.actions), len(e.frames) - 1) for e in few]
     recipe = replace(c, steps=c.idm_steps, warmup=20, final_lr=0.05, clip=1.0)
     for step in tqdm(range(c.idm_steps), desc="inverse dynamics", mininterval=1.0, leave=False,
