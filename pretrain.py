@@ -26,7 +26,7 @@ from tqdm import tqdm
 import common
 import data
 import quantize
-from model import ACTION, LAQ, LATENT, TEXT, LAQConfig, VLAConfig, build_vla
+from model import ACTION, LAQ, LATENT, TEXT, VLAConfig, build_vla
 
 KINDS = {"latent": LATENT, "action": ACTION, "idm": ACTION, "caption": TEXT}
 NEXT = 0.0  # a window of 0 s reaches to the next frame
@@ -104,8 +104,7 @@ def train_inverse_dynamics(c, processes, few):
     """VPT's inverse dynamics model: a fresh stage-1 encoder and a linear head, regressing a_t from
     (x_t, x_{t+1}) of the labelled few.  -> modules, [mean, std] of the actions"""
     torch.manual_seed(c.seed)
-    names = {f.name for f in fields(LAQConfig)}
-    base = LAQConfig(**{k: v for k, v in quantize.PRESETS[c.preset].items() if k in names})
+    base = quantize.QuantizeConfig(data="", out="", **quantize.PRESETS[c.preset])
     patch = c.image_size // base.grid  # the LAQ's grid of patches, on the VLA's pictures
     encoder = LAQ(replace(base, image_size=patch * base.grid, patch_size=patch))
     known = np.concatenate([e.actions for e in few])
