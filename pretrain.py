@@ -167,21 +167,20 @@ def answers_for(c, processes, dataset, train_set, held_out):
 # ------------------------------------------------------------------------ training
 def build_model(c, kind, dataset, processes):
     """A fresh VLA, or --init_from's -> model, tokenizer, names of fresh tensors"""
-    vocabularies = {"latent_vocab": c.latent_vocab, "action_vocab": c.bins if kind == ACTION else 0}
-    torch.manual_seed(c.seed)
-    if not c.init_from:
+    if c.init_from:
+        weights, meta = common.load_checkpoint(c.init_from, "init_from", ("pretrain",))
+        tokenizer, shape = data.read_tokenizer(c.init_from), meta["model"]
+    else:
         tokenizer = data.dataset_tokenizer(dataset)
         shape = {f.name: getattr(c, f.name) for f in fields(VLAConfig)}
-        shape.update(vocabularies, text_vocab=tokenizer.get_vocab_size())
-        with common.refuse("network"):
-            model = build_vla(VLAConfig(**shape))
+        shape["text_vocab"] = tokenizer.get_vocab_size()
+    shape |= {"latent_vocab": c.latent_vocab, "action_vocab": c.bins if kind == ACTION else 0}
+    torch.manual_seed(c.seed)
+    with common.refuse(f"--init_from {c.init_from}" if c.init_from else "network"):
+        model = build_vla(VLAConfig(**shape))
         processes.shard(model, c, model.layers)
-        return model, tokenizer, []
-    weights, meta = common.load_checkpoint(c.init_from, "init_from", ("pretrain",))
-    tokenizer = data.read_tokenizer(c.init_from)
-    with common.refuse(f"--init_from {c.init_from}"):
-        model = build_vla(VLAConfig(**{**meta["model"], **vocabularies}))
-        processes.shard(model, c, model.layers)
+        if not c.init_from:
+            return model, tokenizer, []
         fresh = model.adopt(weights, data.opening_tags(tokenizer) if c.like_tag else None)
     processes.say(f"inherited {c.init_from} (step {meta['step']}); fresh: "
                   f"{', '.join(fresh) or 'nothing'}")
