@@ -243,11 +243,9 @@ def train(c, given):
     processes.say(f"VLA of {common.count_parameters(model):,} parameters predicts {c.labels} on "
                   f"{sum(lengths)} frames of {len(train_set)} episodes, {processes.device}")
 
-    def rows(which, episodes=train_set, answers=answers):
-        return sequences.batch(episodes, answers, kind, which, processes.device)
-    held_rows = lambda which: rows(which, held_out, held_answers)
-    batches = data.stream(lambda step: rows(which(step)), run.start, c.steps)
-    for step, batch in run.loop("rows", batches):
+    rows = lambda step: sequences.batch(train_set, answers, kind, which(step), processes.device)
+    held_rows = lambda which: sequences.batch(held_out, held_answers, kind, which, processes.device)
+    for step, batch in run.loop("rows", data.stream(rows, run.start, c.steps)):
         batch = data.augment(batch, c.shift * (kind != TEXT), vqgan, c.batch, mine)
         loss, right = processes.backward(
             model, c, lambda part: loss_of(model, part, kind, c.soft_bins, c.official_text_mask),
