@@ -205,10 +205,8 @@ def train(c, given):
     mine = processes.share(c)
     for name in sorted(given & {"text_vocab", "latent_vocab", "action_vocab"}):
         common.fail(f"--{name}: follows from the tokenizer, the labels or --bins")
-    origin = None
     if c.init_from:
         shape = common.open_checkpoint(c.init_from, "init_from", ("pretrain",))[1]["model"]
-        origin = common.fingerprint(c.init_from)
         for name in sorted(given & shape.keys()):
             if getattr(c, name) != shape[name]:
                 common.fail(f"--{name} {getattr(c, name)}: --init_from {c.init_from} has "
@@ -228,8 +226,8 @@ def train(c, given):
                                c.official_cut)
     run = common.Run(c, processes, "pretrain", model.config, data=dataset.fingerprint,
                      labels=c.labels, laq=kept.get("laq"), window=kept.get("window"),
-                     init_from=origin, labelled=[c.labelled_data, c.labelled_where, c.labelled,
-                                                 c.idm_steps])
+                     init_from=common.fingerprint(c.init_from) if c.init_from else None,
+                     labelled=[c.labelled_data, c.labelled_where, c.labelled, c.idm_steps])
     groups = model.parameter_groups(c.lr, c.head_lr, fresh, c.freeze_vision and c.init_from)
     optimizer = common.make_optimizer(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=c.bf16)
     meta = {"labels": c.labels, "template": c.template, **kept}
