@@ -211,11 +211,8 @@ class Processes:
 
     def mean(self, values):
         """Dictionary of numbers -> their mean over ranks"""
-        if self.world == 1:
-            return values
-        packed = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
-        dist.all_reduce(packed)
-        return dict(zip(values, (packed / self.world).tolist()))
+        row = torch.tensor([list(values.values())], dtype=torch.float64, device=self.device)
+        return dict(zip(values, self.gather(row).mean(0).tolist()))
 
 def make_optimizer(groups, kind=torch.optim.AdamW, **settings):
     """Optimizer over groups [{"params": [...], "lr": ..}]; each parameter lands in exactly one."""
