@@ -297,8 +297,7 @@ class LAQ(nn.Module):
         self.quantizer = Quantizer(c)
         self.decoder = Transformer(c, c.decoder_depth, cross=True)
         self.to_pixels = nn.Linear(c.dim, pixels)
-        self.blocks = [layer for part in (self.spatial_encoder, self.temporal_encoder, self.decoder)
-                       for layer in part.layers]
+        self.blocks = [module for module in self.modules() if isinstance(module, Layer)]
         if c.residual:  # begin with "nothing moves"
             nn.init.zeros_(self.to_pixels.weight)
             nn.init.zeros_(self.to_pixels.bias)
