@@ -68,7 +68,7 @@ def parse_value(kind, least, text):
                     float: "a number, 0 or more"}[kind]
         raise argparse.ArgumentTypeError(f"{text!r}: expected {expected}") from None
 
-def parse_options(cls, argv, presets=None, usage=None, positional=()):
+def parse_options(cls, argv, presets=None, positional=()):
     """Command line -> dataclass `cls`, and the set of options that were named on it.
 
     `presets` is a table of named sizes, chosen by the field `preset`: named options beat the
@@ -77,8 +77,10 @@ def parse_options(cls, argv, presets=None, usage=None, positional=()):
     presets, comments = presets or {}, option_help(cls)
     shown = "\n".join(f"preset {name}: " + " ".join(f"--{k} {v}" for k, v in values.items())
                       for name, values in presets.items())
+    before = sys.argv[1:len(sys.argv) - len(argv)]  # a word that chose this command
     parser = argparse.ArgumentParser(
-        usage=usage, epilog=shown, argument_default=argparse.SUPPRESS, allow_abbrev=False,
+        usage=" ".join(["%(prog)s", *before, *positional, "[options]"]), epilog=shown,
+        argument_default=argparse.SUPPRESS, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: fail(message.removeprefix("argument "))
     for field in dataclasses.fields(cls):

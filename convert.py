@@ -492,5 +492,4 @@ def convert(c):
     print(f"wrote {c.out}/: " + ", ".join(sorted(p.name for p in Path(c.out).iterdir())))
 
 if __name__ == "__main__":
-    convert(common.parse_options(ConvertConfig, sys.argv[1:], positional=("source", "out"),
-                                 usage="convert.py SOURCE.. OUT [options]")[0])
+    convert(common.parse_options(ConvertConfig, sys.argv[1:], positional=("source", "out"))[0])

@@ -567,8 +567,7 @@ def make_tabletop(options):
 if __name__ == "__main__":
     command, rest = sys.argv[1:2], sys.argv[2:]
     if command == ["tabletop"]:
-        make_tabletop(parse_options(TabletopOptions, rest, positional=("out",),
-                                    usage="data.py tabletop OUT [options]")[0])
+        make_tabletop(parse_options(TabletopOptions, rest, positional=("out",))[0])
     elif command == ["check"] and len(rest) == 1:
         found = open_dataset(rest[0], 64)
         total = sum(len(e.frames) for e in found.episodes)

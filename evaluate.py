@@ -224,9 +224,8 @@ def table(c):
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["predict"]:
-        predict(common.parse_options(PredictConfig, sys.argv[2:], usage="evaluate.py predict")[0])
+        predict(common.parse_options(PredictConfig, sys.argv[2:])[0])
     elif sys.argv[1:2] == ["table"]:
-        table(common.parse_options(TableConfig, sys.argv[2:], usage="evaluate.py table")[0])
+        table(common.parse_options(TableConfig, sys.argv[2:])[0])
     else:
-        evaluate(common.parse_options(EvaluateConfig, sys.argv[1:],
-                                      usage="evaluate.py [options]")[0])
+        evaluate(common.parse_options(EvaluateConfig, sys.argv[1:])[0])

@@ -166,4 +166,4 @@ def train(c):
     run.finish()
 
 if __name__ == "__main__":
-    train(common.parse_options(FinetuneConfig, sys.argv[1:], PRESETS, "finetune.py [options]")[0])
+    train(common.parse_options(FinetuneConfig, sys.argv[1:], PRESETS)[0])

@@ -255,4 +255,4 @@ def train(c, given):
     run.finish()
 
 if __name__ == "__main__":
-    train(*common.parse_options(PretrainConfig, sys.argv[1:], PRESETS, "pretrain.py [options]"))
+    train(*common.parse_options(PretrainConfig, sys.argv[1:], PRESETS))

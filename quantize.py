@@ -245,8 +245,7 @@ def load_laq(path, option="laq"):
         common.load_strictly(model, weights)
     return model.to(common.Processes().device).eval(), meta
 
-def apply(command, argv):
-    c, _ = common.parse_options(ApplyConfig, argv, usage=f"quantize.py {command} [options]")
+def apply(command, c):
     model, meta = load_laq(c.laq)
     window = c.window or meta["window"]
     dataset = data.open_dataset(c.data, model.config.image_size, c.where)
@@ -259,6 +258,6 @@ def apply(command, argv):
 
 if __name__ == "__main__":
     if sys.argv[1:2] in (["label"], ["report"]):
-        apply(sys.argv[1], sys.argv[2:])
+        apply(sys.argv[1], common.parse_options(ApplyConfig, sys.argv[2:])[0])
     else:
-        train(common.parse_options(QuantizeConfig, sys.argv[1:], PRESETS, "quantize.py")[0])
+        train(common.parse_options(QuantizeConfig, sys.argv[1:], PRESETS)[0])
