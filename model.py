@@ -421,8 +421,7 @@ def smooth_positions(grid, dim):
     period = 2 * math.pi * 10 ** (-torch.arange(dim // 4) / (dim // 4))
     angle = torch.arange(grid)[:, None] / grid * period
     waves = torch.cat((angle.sin(), angle.cos()), dim=1)  # grid, dim/2
-    both = torch.cat((waves.expand(grid, -1, -1), waves[:, None].expand(-1, grid, -1)), dim=2)
-    both = both.flatten(0, 1)
+    both = torch.cat((waves.repeat(grid, 1), waves.repeat_interleave(grid, 0)), dim=1)  # x, y
     return (both - both.mean(0)) / both.std()
 
 class VLA(nn.Module):
