@@ -481,9 +481,8 @@ class VLA(nn.Module):
         x = sum(table(torch.where(kinds == kind, tokens, 0)) * (kinds == kind)[..., None]
                 for kind, (table, _) in self.heads().items())
         if images is not None:
-            patches = self.patch_embed(
-                patchify(images, self.config.patch_size).to(self.patch_embed.weight.dtype))
-            patches = (patches + self.patch_position).to(x.dtype)
+            patches = patchify(images, self.config.patch_size).to(self.patch_position.dtype)
+            patches = (self.patch_embed(patches) + self.patch_position).to(x.dtype)
             x = x.masked_scatter((kinds == VISION)[..., None], patches)
         return x
 
