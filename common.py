@@ -401,8 +401,8 @@ class Run:
 
     def __init__(self, config, processes, stage, shape, **identity):
         self.c, self.out, self.processes, self.stage = config, Path(config.out), processes, stage
-        identity |= {"model": shape.__dict__} | {n: getattr(config, n) for n in
-                                                 ("where", "seed", "batch")}
+        identity |= {"model": shape.__dict__, "where": config.where, "seed": config.seed,
+                     "batch": config.batch}
         self.meta = {"stage": stage, "model": shape.__dict__, "identity": identity,
                      "options": config.__dict__}
         self.start, self.found, self.numbers, self.signals = 0, None, {}, []
@@ -513,11 +513,10 @@ class Run:
         self.processes.barrier()
 
     def log_row(self, step, now):
-        rate = self.c.batch * (step - self.mark[1]) / max(now - self.mark[0], 1e-9)
+        rate = round(self.c.batch * (step - self.mark[1]) / max(now - self.mark[0], 1e-9), 1)
         self.mark = now, step
-        self.bar.set_postfix({**{k: f"{v:.4g}" for k, v in self.numbers.items()},
-                              f"{self.unit}/s": f"{rate:.0f}"}, refresh=False)
-        row = {"step": step, **self.numbers, f"{self.unit}_per_s": round(rate, 1),
+        self.bar.set_postfix({**self.numbers, f"{self.unit}/s": rate}, refresh=False)
+        row = {"step": step, **self.numbers, f"{self.unit}_per_s": rate,
                "seconds": round(now - self.began, 1)}
         with open(self.log, "a") as log:
             log.write(json.dumps(row) + "\n")
