@@ -67,11 +67,9 @@ class PEG(nn.Module):
         frames = x.reshape(B, T, grid, grid, D).permute(1, 0, 4, 2, 3)  # T B D h w
         # A causal 3-frame kernel over at most a few frames: one 2-D convolution for each reach
         # into the past.  Taps that would only see the zero padding are never computed.
-        out = []
-        for t in range(T):
-            taps = range(max(0, t - 2), t + 1)
-            out.append(sum(F.conv2d(frames[s], self.conv.weight[:, :, 2 - (t - s)], padding=1,
-                                    groups=D) for s in taps))
+        tap = lambda t, s: F.conv2d(frames[s], self.conv.weight[:, :, 2 - (t - s)], padding=1,
+                                    groups=D)  # what frame t sees of frame s
+        out = [sum(tap(t, s) for s in range(max(0, t - 2), t + 1)) for t in range(T)]
         out = torch.stack(out) + self.conv.bias[:, None, None]
         return out.permute(1, 0, 3, 4, 2).reshape(B, T, N, D)
 
