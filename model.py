@@ -419,7 +419,7 @@ def smooth_positions(grid, dim):
     period = 2 * math.pi * 10 ** (-torch.arange(dim // 4) / (dim // 4))
     angle = torch.arange(grid)[:, None] / grid * period
     waves = torch.cat((angle.sin(), angle.cos()), dim=1)  # grid, dim/2
-    both = torch.cat((waves.repeat(grid, 1), waves.repeat_interleave(grid, 0)), dim=1)  # x, y
+    both = torch.cat((waves.repeat(grid, 1), waves.repeat_interleave(grid, 0)), dim=1)  # of x, of y
     return (both - both.mean(0)) / both.std()
 
 class VLA(nn.Module):
@@ -626,11 +626,11 @@ def coder(channels, first, widths, blocks, out, up):
             *(Residual(w if b else widths[i - 1] if i else first, w) for b in range(blocks)),
             *resample * (i + 1 < len(widths)))
     low = widths[0 if up else -1]
-    body = [("levels", nn.Sequential(*map(level, range(len(widths))))),
-            ("middle", nn.Sequential(Residual(low, low), Residual(low, low)))]
+    levels = "levels", nn.Sequential(*map(level, range(len(widths))))
+    middle = "middle", nn.Sequential(Residual(low, low), Residual(low, low))
     return nn.Sequential(OrderedDict([
-        ("conv0", conv3x3(channels, first)), *body[::-1 if up else 1], ("norm0", norm(widths[-1])),
-        ("silu", nn.SiLU()), ("conv1", conv3x3(widths[-1], out))]))
+        ("conv0", conv3x3(channels, first)), *((middle, levels) if up else (levels, middle)),
+        ("norm0", norm(widths[-1])), ("silu", nn.SiLU()), ("conv1", conv3x3(widths[-1], out))]))
 
 class VQGAN(nn.Module):
     """images float [B, 3, H, W] in [-1, 1] <-> codes int64 [B, N], row by row"""
