@@ -339,7 +339,10 @@ def save_weights(folder, tensors, shard=2 << 30):
 
 def weight_files(folder):
     """The safetensors files of a checkpoint's folder, one or several"""
-    return sorted(Path(folder).glob("model*.safetensors"))
+    index, names = Path(folder) / "model.safetensors.index.json", ["model.safetensors"]
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    return [Path(folder) / name for name in names]
 
 def write_checkpoint(folder, tensors, meta, files):
     """Make a folder of weights ((name, tensor) pairs), config.json (meta) and files: name -> text,
@@ -368,7 +371,7 @@ def open_checkpoint(path, option, stages):
     """A run's folder or a checkpoint's own -> the checkpoint's, and meta (config.json).  Refuses,
     naming the option that asked for it, when there is none, and those of other stages."""
     path = latest(path)
-    if not (path / "config.json").is_file() or not weight_files(path):
+    if not (path / "config.json").is_file() or not all(f.is_file() for f in weight_files(path)):
         fail(f"--{option} {path}: no checkpoint there (expected config.json and model.safetensors)")
     with refuse(f"--{option} {path}: unreadable checkpoint"):
         meta = json.loads((path / "config.json").read_text())

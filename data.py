@@ -280,9 +280,12 @@ def _probe_fps(video):
     found = re.search(rb"([\d.]+) fps", text)
     return float(found[1]) if found else None
 
-def to_float(frames):
-    """uint8 [.., H, W, 3] -> float32 tensor [.., 3, H, W] in [0, 1]"""
-    return torch.from_numpy(np.ascontiguousarray(frames)).movedim(-1, -3).float() / 255
+def to_float(frames, device=torch.device("cpu")):
+    """uint8 [.., H, W, 3] -> float32 tensor [.., 3, H, W] in [0, 1] on the device"""
+    x = torch.from_numpy(np.ascontiguousarray(frames))
+    if device.type == "cuda":  # as bytes, and beside its work
+        x = x.pin_memory().to(device, non_blocking=True)
+    return x.movedim(-1, -3).float() / 255
 
 def load_vqgan(path, option, device, shape):
     """The image tokenizer beside a VLA of that shape (its config) -> VQGAN, frozen, with its `file`
@@ -310,7 +313,7 @@ def add_codes(episodes, vqgan, processes):
     path = lambda e: _cache(f"codes_{mark}_{e.frames.shape[1]}", e.key)
     missing = [e for e in episodes[processes.rank::processes.world] if not path(e).is_file()]
     for e in tqdm(missing, "image codes", mininterval=1.0, leave=False, disable=not processes.main):
-        codes = [vqgan.encode(to_float(np.array(e.frames[t:t + 16])).to(processes.device) * 2 - 1)
+        codes = [vqgan.encode(to_float(np.array(e.frames[t:t + 16]), processes.device) * 2 - 1)
                  for t in range(0, len(e.frames), 16)]
         with atomically(path(e)) as draft:
             np.save(draft, torch.cat(codes).cpu().numpy().astype(np.uint16))
@@ -523,7 +526,7 @@ class Sequences:
         codes = None if chosen[0].codes is None else torch.from_numpy(stack("codes").astype(int))
         batch = self.rows([e.instruction for e in chosen], [answers[e][t] for e, t in which], kind,
                           codes)
-        batch["images"] = to_float(stack("frames")) * 2 - 1 if codes is None else None
+        batch["images"] = to_float(stack("frames"), device) * 2 - 1 if codes is None else None
         return {name: x if x is None else x.to(device) for name, x in batch.items()}
 
     def prompts(self, instructions, kind, codes=None, length=0):

@@ -69,7 +69,7 @@ class Policy:
     def __call__(self, images, instructions):
         resize = data.official_resize if self.vqgan else data.resize
         frames = np.stack([resize(image, self.model.config.image_size) for image in images])
-        pictures, codes = data.to_float(frames).to(self.device) * 2 - 1, None
+        pictures, codes = data.to_float(frames, self.device) * 2 - 1, None
         if self.vqgan:
             pictures, codes = None, self.vqgan.encode(pictures).cpu()
         tokens, kinds, valid = (x.to(self.device) for x in

@@ -94,7 +94,7 @@ def invert(idm, scale, episodes):
     guessed = []
     for e in episodes:
         pairs = data.frame_pairs([e], [(0, t) for t in range(len(e.frames))], NEXT)
-        change = idm["encoder"].difference(data.to_float(pairs).to(scale.device))
+        change = idm["encoder"].difference(data.to_float(pairs, scale.device))
         guess = idm["head"](change.flatten(1)) * scale[1] + scale[0]
         guess[-1] = guess[-2]  # nothing follows the last frame
         guessed.append(guess.cpu().numpy())
@@ -119,8 +119,8 @@ def train_inverse_dynamics(c, processes, few):
                      disable=not processes.main):
         common.seed_step(c.seed, step)
         which = data.draw(c.seed, step, 64, lengths)
-        pair = data.to_float(data.frame_pairs(few, which, NEXT))
-        pair = data.random_shift(pair.to(processes.device), 0.25)  # same motion, same label
+        pair = data.to_float(data.frame_pairs(few, which, NEXT), processes.device)
+        pair = data.random_shift(pair, 0.25)  # same motion, same label
         target = torch.from_numpy(np.stack([few[e].actions[t] for e, t in which])).to(pair.device)
         guess = idm["head"](encoder.difference(pair).flatten(1))
         loss = ((guess - (target - scale[0]) / scale[1]) ** 2).mean()

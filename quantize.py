@@ -102,17 +102,19 @@ def train(c):
     processes.say(f"LAQ of {common.count_parameters(model):,} parameters, {len(train_set)} "
                   f"episodes to learn from, {len(held_out)} held out, {processes.device}")
 
-    batch = lambda step: data.to_float(data.frame_pairs(train_set, which(step), c.window))
+    batch = lambda step: data.to_float(data.frame_pairs(train_set, which(step), c.window),
+                                       processes.device)
     for step, pair in run.loop("pairs", data.stream(batch, run.start, c.steps)):
-        run.end_step(train_step(model, optimizer, processes, c, step, pair.to(processes.device),
-                                run.culprits))
+        run.end_step(train_step(model, optimizer, processes, c, step, pair, run.culprits))
     summary, files = {}, []
     if processes.main:
         model, _ = load_laq(run.out, "out")
-        files = [write_labels(model, run.found, dataset, c.window, run.out / "labels.safetensors")]
-        if held_out:
-            summary, more = report(model, train_set, held_out, c.window, run.out, c.seed)
-            files += more
+        with processes.autocast(c):
+            files = [write_labels(model, run.found, dataset, c.window,
+                                  run.out / "labels.safetensors")]
+            if held_out:
+                summary, more = report(model, train_set, held_out, c.window, run.out, c.seed)
+                files += more
     run.finish(summary, files)
 
 # ------------------------------------------------------------------------ labels, report card
@@ -123,7 +125,7 @@ def label(model, episodes, window, batch=256):
     codes = []
     for at in tqdm(range(0, len(rows), batch), desc="labels", leave=False, mininterval=1.0):
         pair = data.frame_pairs(episodes, rows[at:at + batch], window)
-        codes.append(model.label(data.to_float(pair).to(device)).cpu().numpy())
+        codes.append(model.label(data.to_float(pair, device)).cpu().numpy())
     ends = np.cumsum([len(e.frames) for e in episodes])[:-1]
     return {e.id: part for e, part in zip(episodes, np.split(np.concatenate(codes), ends))}
 
@@ -235,6 +237,7 @@ class ApplyConfig:
     where: str = ""  # keep episodes with these fields
     held_out: int = 50  # report: episodes it is about; the probe is fitted on the others
     window: float = 0.0  # seconds; 0: the window the LAQ was trained with
+    bf16: bool = False  # bfloat16 arithmetic, also where the LAQ was trained with it
     seed: int = 0
 
 def load_laq(path, option="laq"):
@@ -248,12 +251,14 @@ def load_laq(path, option="laq"):
 def apply(command, c):
     model, meta = load_laq(c.laq)
     window = c.window or meta["window"]
+    c.bf16 |= meta.get("options", {}).get("bf16", False)
     dataset = data.open_dataset(c.data, model.config.image_size, c.where)
-    if command == "label":
-        files = [write_labels(model, common.latest(c.laq), dataset, window, Path(c.out))]
-    else:
-        train_set, held_out = dataset.split(c.held_out)
-        _, files = report(model, train_set, held_out or train_set, window, c.out, c.seed)
+    with common.Processes().autocast(c):
+        if command == "label":
+            files = [write_labels(model, common.latest(c.laq), dataset, window, Path(c.out))]
+        else:
+            train_set, held_out = dataset.split(c.held_out)
+            _, files = report(model, train_set, held_out or train_set, window, c.out, c.seed)
     print("wrote", ", ".join(map(str, files)))
 
 if __name__ == "__main__":

@@ -20,21 +20,21 @@ import finetune
 import pretrain
 import quantize
 from conftest import ROOT
-from model import LAQConfig
+from model import LAQ, LAQConfig
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 SHORT = "--preset tiny --steps 2 --batch 8 --log_every 1"
 PRETRAIN = f"pretrain.py {SHORT} --data DIR/table --held_out 2 --init_from DIR/base"
 FINETUNE = f"finetune.py {SHORT} --held_out 2 --labelled 6 --data DIR/table"
-LAQ = "--laq DIR/laq --data DIR/table"
+LABELLED = "--laq DIR/laq --data DIR/table"
 WAVES = [  # what stands in one wave runs side by side
     {"table": "data.py tabletop DIR/table --episodes 12",
      "scenes": "data.py tabletop DIR/scenes --scenes 200 --seed 2"},
     {"check": "data.py check DIR/table",
      "laq": f"quantize.py {SHORT} --data DIR/table --out DIR/laq --held_out 2",
      "base": f"pretrain.py {SHORT} --labels caption --data DIR/scenes --out DIR/base"},
-    {"label": f"quantize.py label {LAQ} --out DIR/labels.safetensors",
-     "report": f"quantize.py report {LAQ} --out DIR/report --held_out 2",
+    {"label": f"quantize.py label {LABELLED} --out DIR/labels.safetensors",
+     "report": f"quantize.py report {LABELLED} --out DIR/report --held_out 2",
      "latent": f"{PRETRAIN} --labels latent --laq DIR/laq --out DIR/latent",
      "action": f"{PRETRAIN} --labels action --out DIR/action",
      "idm": f"{PRETRAIN} --labels idm --labelled 6 --idm_steps 2 --out DIR/idm"},
@@ -102,6 +102,22 @@ def test_pictures_film_and_labels(runs):
     assert {n: len(z) for n, z in labels.items()} == {r["id"]: r["frames"] for r in rows}
     assert all(z.shape[1] == 4 and int(z.long().max()) < 8 for z in labels.values())
     assert all(torch.equal(z, again[n]) for n, z in labels.items())  # by the run and the command
+
+
+def test_labels_are_made_in_the_precision_of_training(runs, inside, tmp_path, monkeypatch):
+    made, label = [], LAQ.label
+    monkeypatch.setattr(LAQ, "label", lambda net, pair: (
+        made.append(torch.is_autocast_enabled("cpu")), label(net, pair))[1])
+    line = f"quantize.py {SHORT} --data {runs[0]}/table --held_out 2 --bf16"
+    for bf16 in ("true", "false"):
+        out = tmp_path / bf16
+        assert inside(*line.split(), bf16, "--out", out) == 0
+        assert inside("quantize.py", "label", "--laq", out, "--data", runs[0] / "table",
+                      "--out", f"{out}.safetensors") == 0
+        assert made and set(made) == {bf16 == "true"}
+        one, two = load_file(out / "labels.safetensors"), load_file(f"{out}.safetensors")
+        assert all(torch.equal(z, two[name]) for name, z in one.items())
+        made.clear()
 
 
 def test_finetuning_inherits_the_body_and_keeps_vision_frozen(runs):
