@@ -336,12 +336,12 @@ class LAQ(nn.Module):
         predicted = self.decode(pair[:, 0], tokens[:, :1].detach(), value, bias)
         return F.mse_loss(predicted.float(), pair[:, 1]), d, indices
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def label(self, pair):
         """pair [B, 2, 3, H, W] -> latent action, int64 [B, K] in [0, codebook_size)"""
         return self.quantizer.nearest(self.difference(pair))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def imagine(self, frame, codes):
         """World model: x_t [B, 3, H, W] and codes int [B, K] -> predicted x_{t+H} [B, 3, H, W]"""
         first = self.patches(frame[:, None])

@@ -1,4 +1,4 @@
-"""Speed and memory of the parts, one table: python -m tests.bench [cpu | gpu | memory], make bench.
+"""Speed and memory of the parts, one table: python -m tests.bench [cpu | compiled | gpu | memory].
 
 Each row stands beside the matmul rate (of its precision) or the memory bandwidth, measured in the
 same process, one of its own.  `memory` computes what finetuning a 7B takes, on any machine."""
@@ -25,7 +25,7 @@ import common
 import data
 import finetune
 import quantize
-from model import ACTION, LAQ, TEXT, VISION, VLA, LAQConfig, VLAConfig, build_vla
+from model import ACTION, LAQ, TEXT, VISION, VLA, LAQConfig, VLAConfig
 
 PROCESSES = common.Processes()
 DEVICE = PROCESSES.device
@@ -36,7 +36,7 @@ SIZES = {  # network, options of a step, tokens of a row
     "200m": (dict(dim=1024, layers=16, heads=16, mlp=2752, image_size=128, **LINEAR),
              dict(batch=8, bf16=True), 96),
     "1b": (dict(dim=2048, layers=16, heads=16, mlp=5504, image_size=128, **LINEAR),
-           dict(batch=4, bf16=True, checkpointing=True), 96),
+           dict(batch=2, bf16=True, checkpointing=True), 96),
     "7b": (dict(latent_vocab=0, action_vocab=256),
            dict(batch=32, bf16=True, checkpointing=True), 384)}
 
@@ -46,11 +46,12 @@ def wait():
         torch.cuda.synchronize()
 
 
-def seconds(work, budget=6.0, most=50):
-    """Fastest of the runs that fit into the budget, after one to warm up, and all of them"""
-    times, began = [], time.time()
+def seconds(work, budget, least=1, most=50):
+    """Fastest of at least so many runs, as many as begin within the budget, and all of them; one
+    goes before to warm up"""
     work()
-    while not times or (time.time() - began < budget and len(times) < most):
+    times, began = [], time.time()
+    while len(times) < least or (time.time() - began < budget and len(times) < most):
         wait()
         start = time.perf_counter()
         work()
@@ -62,13 +63,13 @@ def seconds(work, budget=6.0, most=50):
 def matmul_rate(bf16, size=2048):
     """Operations a second of a matrix product"""
     a = torch.rand(size, size, device=DEVICE).to(torch.bfloat16 if bf16 else torch.float32)
-    return 2 * size**3 / seconds(lambda: a @ a, 1.0)[0]
+    return 2 * size**3 / seconds(lambda: a @ a, 0.5)[0]
 
 
 def bandwidth():
     """Bytes a second that a matrix is read with, to be multiplied by a vector"""
     a = torch.rand(8192, 8192, device=DEVICE)
-    return a.nbytes / seconds(lambda: torch.mv(a, a[0]), 1.0)[0]
+    return a.nbytes / seconds(lambda: torch.mv(a, a[0]), 0.5)[0]
 
 
 def peak_memory():
@@ -83,10 +84,10 @@ def row(name, rate, taken, share="", memory=None):
           flush=True)
 
 
-def train_row(name, count, unit, bf16, work, flops=None):
+def step_row(name, count, unit, bf16, work, flops=None):
     """One row for a step on `count` units; the faster of two measurements of the matmul rate"""
     flops, peak = flops or counted(work), matmul_rate(bf16)
-    taken = seconds(work, 12.0)[0]
+    taken = seconds(work, 4.0, least=3)[0]
     row(f"{name}, {'bf16' if bf16 else 'fp32'}", f"{count / taken:,.1f} {unit}/s",
         f"{1000 * taken:,.1f} ms", f"{flops / taken / max(peak, matmul_rate(bf16)):.0%} of matmul")
 
@@ -107,13 +108,11 @@ def laq(preset, batch):
     PROCESSES.shard(net, c, net.blocks, whole=[net.quantizer.codebook])
     optimizer = quantize.make_optimizer(net, c)
     pairs = torch.rand(batch, 2, 3, c.image_size, c.image_size, device=DEVICE)
-
-    def label():
-        with torch.inference_mode(), PROCESSES.autocast(c):
-            net.label(pairs)
-    train_row(f"LAQ {preset} training, {batch} pairs", batch, "pairs", c.bf16,
+    step_row(f"LAQ {preset} training, {batch} pairs", batch, "pairs", c.bf16,
               lambda: quantize.train_step(net, optimizer, PROCESSES, c, 1, pairs))
-    train_row(f"LAQ {preset} labelling, {batch} pairs", batch, "pairs", c.bf16, label)
+    with PROCESSES.autocast(c):  # around all batches, as in quantize.py: weights are cast once
+        step_row(f"LAQ {preset} labelling, {batch} pairs", batch, "pairs", c.bf16,
+                  lambda: net.label(pairs))
 
 
 def loader():
@@ -143,7 +142,8 @@ def vla(name, lora_rank=0, compiled=False):
     c = finetune.FinetuneConfig(data="", out="", init_from="", lora_rank=lora_rank, **options)
     batch = c.batch
     torch.manual_seed(0)
-    net = build_vla(VLAConfig(**shape))
+    with torch.device("meta"):
+        net = VLA(VLAConfig(**shape))
     if lora_rank:
         finetune.add_low_rank(net, lora_rank, torch.bfloat16)
     PROCESSES.shard(net, c, net.layers)
@@ -161,12 +161,14 @@ def vla(name, lora_rank=0, compiled=False):
     vla_training(f"VLA {name}" + f" LoRA {lora_rank}" * bool(lora_rank), net, c, rows)
     net.zero_grad(set_to_none=True)
     net = (net.to(torch.bfloat16) if c.bf16 else net).eval()
-    prompt = (tokens[:1, :-8], kinds[:1, :-8], None if images is None else images[:1],
-              torch.ones(1, length - 8, dtype=torch.bool, device=DEVICE), ACTION)
-    vla_action(f"VLA {name}", net, prompt, c.bf16)
+    prompt = lambda rows: (tokens[:rows, :-8], kinds[:rows, :-8],
+                           None if images is None else images[:rows],
+                           torch.ones(rows, length - 8, dtype=torch.bool, device=DEVICE), ACTION)
+    for rows in (1, 64) if name == "tiny" else (1,):
+        vla_action(f"VLA {name}", net, prompt(rows), c.bf16)
     if compiled:
         net.decode = torch.compile(net.decode, mode="reduce-overhead", dynamic=False)
-        vla_action(f"VLA {name} compiled", net, prompt, c.bf16)
+        vla_action(f"VLA {name} compiled", net, prompt(1), c.bf16)
 
 
 def vla_training(name, net, c, rows):
@@ -178,7 +180,7 @@ def vla_training(name, net, c, rows):
         common.optimizer_step(optimizer, PROCESSES, c, 1)
     batch, length = rows["tokens"].shape
     flops = 3 * batch * net.config.layers * block_cost(net.config, length)[0]
-    train_row(f"{name} training, {batch} rows of {length} tokens"
+    step_row(f"{name} training, {batch} rows of {length} tokens"
               + ", checkpointing" * c.checkpointing, batch * length, "tokens", c.bf16, train, flops)
     if c.bf16:
         computed = memory(net.config, batch, length, 1, c.checkpointing, c.lora_rank)
@@ -188,10 +190,11 @@ def vla_training(name, net, c, rows):
 def vla_action(name, net, prompt, bf16):
     """The latency of 7 action tokens behind a prompt (see VLA.generate)"""
     with torch.inference_mode():
-        first, _ = seconds(lambda: net.generate(*prompt, 1), 3.0)
-        least, times = seconds(lambda: net.generate(*prompt, 7), 3.0, most=200)
-    token, read = (least - first) / 6, sum(p.nbytes for p in net.layers.parameters())
-    row(f"{name} action, prompt of {prompt[0].shape[1]}, {'bf16' if bf16 else 'fp32'}",
+        first, _ = seconds(lambda: net.generate(*prompt, 1), 2.0)
+        whole, times = seconds(lambda: net.generate(*prompt, 7), 4.0, most=200)
+    token, read = (whole - first) / 6, sum(p.nbytes for p in net.layers.parameters())
+    batch, length = prompt[0].shape
+    row(f"{name} action, batch {batch}, prompt of {length}, {'bf16' if bf16 else 'fp32'}",
         f"p50 {1000 * np.median(times):.1f}, p95 {1000 * np.quantile(times, 0.95):.1f} ms",
         f"prefill {1000 * first:.1f}, a token {1000 * token:.2f} ms",
         f"{read / token / bandwidth():.0%} of bandwidth")
@@ -257,13 +260,13 @@ def memory_table(rows=8, length=384):
 
 
 # ---------------------------------------------------------------- whole stages
-def stages(steps=60):
+def stages(steps=30):
     """The demo's stages as a user starts them: seconds of the whole process, start and data too"""
     with tempfile.TemporaryDirectory() as home:
         train = f"--preset tiny --steps {steps} --held_out 10 --out {home}"
         videos = f"--data {home}/table"
         for name, line in (
-                ("300 episodes recorded", f"data.py tabletop {home}/table --episodes 300"),
+                ("150 episodes recorded", f"data.py tabletop {home}/table --episodes 150"),
                 (f"quantize, {steps} steps of 64 pairs, labels, report card",
                  f"quantize.py {train}/laq {videos}"),
                 (f"pretrain, {steps} steps of 64 rows",
@@ -291,6 +294,8 @@ def main(what):
     print("| what | rate | a step | share of the machine's | peak memory |\n|---|---|---|---|---|")
     parts = [(laq, "tiny", 64), (laq, "base", 16), (laq, "lapa", 8), (loader,), (vla, "tiny"),
              (vla, "200m"), (vla, "1b"), (stages,)]
+    if what == "compiled":
+        parts = [(vla, "tiny", 0, True)]
     if what == "gpu":
         parts = [(laq, "lapa", 64), (vla, "1b", 0, True), (vla, "7b", 0, True), (vla, "7b", 16)]
     for work, *arguments in parts:

@@ -15,6 +15,10 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "ignore:torch.distributed is disabled")  # one process
+
+
 @pytest.fixture(scope="session")
 def start(tmp_path_factory):
     """start("data.py", "check", D): that command line, in a process and a folder of its own"""

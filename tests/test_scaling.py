@@ -59,7 +59,7 @@ def test_two_processes_train_as_one(trained, tmp_path, name):
     assert all(torch.allclose(found[key], known[key], atol=1e-4) for key in known)
 
 
-@pytest.mark.parametrize("name", ["quantize", "finetune", "LoRA"])
+@pytest.mark.parametrize("name", ["quantize", "finetune"])
 def test_one_process_resumes_two_and_two_one(trained, tmp_path, name):
     home, lines, run = trained
     for launch, steps in ((TWO, 8), ((), 14), (TWO, 20)):
