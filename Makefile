@@ -17,12 +17,12 @@ RUN := $(if $(filter 1,$(NPROC)),$(PY),.venv/bin/torchrun --nproc_per_node $(NPR
 SAME = --preset $(PRESET) --seed $(SEED) --resume true
 FROM = $(if $(BASE),--init_from $(BASE))
 
-.PHONY: all help setup data base quantize pretrain finetune scratch evaluate table test bench bench-gpu \
-  memory clean
+.PHONY: all help setup data base quantize pretrain finetune scratch evaluate table test bench \
+  bench-compiled bench-gpu memory clean
 all: $(if $(BUILTIN),evaluate,finetune)
 
 help:
-	@echo "make [setup|data|quantize|pretrain|finetune|evaluate|table|test|bench|bench-gpu|memory|clean]"
+	@echo "make [setup|data|quantize|pretrain|finetune|evaluate|table|test|bench|bench-compiled|bench-gpu|memory|clean]"
 	@echo "with DATA=$(DATA) OUT=$(OUT) PRESET=$(PRESET) NPROC=$(NPROC) SEED=$(SEED) ARGS='--steps 500'"
 
 setup: .venv/ready
@@ -130,6 +130,10 @@ test: | .venv/ready
 
 bench: | .venv/ready
 	$(PY) -m tests.bench
+
+# Tiny networks with and without torch.compile
+bench-compiled: | .venv/ready
+	$(PY) -m tests.bench compiled
 
 bench-gpu: | .venv/ready
 	$(PY) -m tests.bench gpu

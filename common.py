@@ -42,7 +42,7 @@ def fail(message):
     raise SystemExit(2)
 
 @contextlib.contextmanager
-def refuse(what, kinds=(ValueError, OSError)):
+def refuse(what, kinds=(ValueError, OSError, TypeError)):
     """Inside it an error of these kinds becomes one line that begins with `what`"""
     try:
         yield
@@ -167,7 +167,8 @@ class Processes:
         parameters `whole`.  A model on the meta device begins with its init_weights."""
         for block in blocks:
             if c.checkpointing:
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False,
+                                        preserve_rng_state=False)  # no block draws numbers
             if c.compile:
                 block.compile()
         meta = next(model.parameters()).is_meta
@@ -257,9 +258,6 @@ def seed_step(seed, step):
     torch.manual_seed(int.from_bytes(digest[:7], "little"))
 
 # ------------------------------------------------------------------------ files
-def count_parameters(model):
-    return sum(p.numel() for p in model.parameters())
-
 def differences(expected, found):
     """Two tables name -> shape: every missing, unexpected and misshapen tensor in words, or "" """
     wrong = [f"{n} {tuple(found[n])}, expected {tuple(expected[n])}"
@@ -311,7 +309,7 @@ def atomically(path, tag=None, durable=False):
             draft.unlink()
 
 def write_atomically(path, text, durable=False):
-    with atomically(path, durable=durable) as draft:
+    with refuse(f"{path}: not written"), atomically(path, durable=durable) as draft:
         draft.write_text(text)
 
 def save_weights(folder, tensors, shard=2 << 30):
@@ -521,7 +519,7 @@ class Run:
         self.bar.set_postfix({**self.numbers, f"{self.unit}/s": rate}, refresh=False)
         row = {"step": step, **self.numbers, f"{self.unit}_per_s": rate,
                "seconds": round(now - self.began, 1)}
-        with open(self.log, "a") as log:
+        with refuse(f"{self.log}: not written"), open(self.log, "a") as log:
             log.write(json.dumps(row) + "\n")
 
     def finish(self, summary=None, files=()):

@@ -283,7 +283,7 @@ def _probe_fps(video):
 def to_float(frames, device=torch.device("cpu")):
     """uint8 [.., H, W, 3] -> float32 tensor [.., 3, H, W] in [0, 1] on the device"""
     x = torch.from_numpy(np.ascontiguousarray(frames))
-    if device.type == "cuda":  # as bytes, and beside its work
+    if device.type == "cuda":  # as bytes, and nobody waits for it
         x = x.pin_memory().to(device, non_blocking=True)
     return x.movedim(-1, -3).float() / 255
 
@@ -387,7 +387,7 @@ def save_labels(path, labels, meta):
     """labels: episode id -> int [T, K], into one safetensors file whose header holds meta: LAQ
     fingerprint, window, codebook size, dataset mark"""
     packed = {name: torch.from_numpy(rows.astype(np.uint16)) for name, rows in labels.items()}
-    with atomically(path) as draft:
+    with refuse(f"{path}: not written", (OSError, SafetensorError)), atomically(path) as draft:
         save_file(packed, draft, {"meta": json.dumps(meta)})
 
 def load_labels(path, dataset, episodes):

@@ -20,7 +20,6 @@ from torch import nn
 
 import common
 import data
-from common import whole
 from model import ACTION, LOW_RANK, VLAConfig, build_vla
 
 @dataclass(kw_only=True)
@@ -94,10 +93,10 @@ def merged(model, weights):
     for name, tensor in state.items():
         stem = name.removesuffix("weight")
         if stem + "up" in state:
-            change = whole(state[stem + "up"]) @ whole(state[stem + "down"])
+            change = common.whole(state[stem + "up"]) @ common.whole(state[stem + "down"])
             yield name, weights[name][:] + change.cpu()
         elif not name.endswith(LOW_RANK):
-            yield name, whole(tensor)
+            yield name, common.whole(tensor)
 
 # ------------------------------------------------------------------------ training
 def choose_bins(c, meta, few):

@@ -13,7 +13,6 @@ import math
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import partial
-from itertools import zip_longest
 
 import torch
 import torch.nn.functional as F
@@ -195,8 +194,9 @@ def code_cnn(grid, code_len, q):
 
 def nearest(d, codebook):
     """d [.., Q], codebook [V, Q] -> indices of the nearest entries by squared Euclidean distance"""
-    d, codebook = d.float(), codebook.float()
-    distance = (d**2).sum(-1, keepdim=True) - 2 * d @ codebook.T + (codebook**2).sum(-1)
+    with torch.autocast(d.device.type, enabled=False):
+        d, codebook = d.float(), codebook.float()
+        distance = (d**2).sum(-1, keepdim=True) - 2 * d @ codebook.T + (codebook**2).sum(-1)
     return distance.argmin(-1)
 
 class Quantizer(nn.Module):
@@ -401,14 +401,16 @@ class Block(nn.Module):
         self.attention_norm, self.ffn_norm = (nn.RMSNorm(c.dim, c.rms_eps) for _ in range(2))
         self.wq, self.wk, self.wv, self.wo = (linear(c.dim, c.dim) for _ in range(4))
         self.w1, self.w3, self.w2 = linear(c.dim, c.mlp), linear(c.dim, c.mlp), linear(c.mlp, c.dim)
+        # Keys and values of all S places, [2, B, heads, S, dim_head], while a VLA generates.
+        self.register_buffer("cache", None, persistent=False)
 
-    def forward(self, x, rope, mask, cache=None, at=None):
+    def forward(self, x, rope, mask, at=None):
         split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # B heads L dim_head
         y = self.attention_norm(x)
         q, k, v = rotate(split(self.wq(y)), *rope), rotate(split(self.wk(y)), *rope), \
             split(self.wv(y))
-        if cache is not None:  # keys and values of all places, [2, B, heads, S, dim_head]
-            k, v = cache.index_copy_(3, at, torch.stack((k, v)).to(cache.dtype))
+        if at is not None:
+            k, v = self.cache.index_copy_(3, at, torch.stack((k, v)).to(self.cache.dtype))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         x = x + self.wo(y.transpose(1, 2).flatten(2))
         y = self.ffn_norm(x)
@@ -438,7 +440,6 @@ class VLA(nn.Module):
             self.patch_position = nn.Parameter(torch.empty(c.image_tokens, c.dim))
         self.layers = nn.ModuleList(Block(c) for _ in range(c.layers))
         self.norm = nn.RMSNorm(c.dim, c.rms_eps)
-        self.register_buffer("cache", None, persistent=False)
         self.text_head = nn.Linear(c.dim, c.text_vocab, bias=False)
         for name in VOCABULARIES[1:]:
             size = getattr(c, f"{name}_vocab")
@@ -490,27 +491,26 @@ class VLA(nn.Module):
         tokens, kinds int64 [B, L]; images [B, 3, H, W] in [-1, 1]; valid: see `body`"""
         return self.body(self.embed(tokens, kinds, images), valid)
 
-    def body(self, x, valid=None, at=None, cache=()):
+    def body(self, x, valid=None, at=None):
         """Embeddings [B, L, D] -> final hidden states [B, L, D].
 
-        valid bool [B, S] marks the keys that are no padding (None: all); at int64 [L] are the
-        places of x among the S (None: 0 to L); cache [layers, 2, B, heads, S, dim_head] holds the
-        keys and values of all places.  Position ids count valid tokens (as official)."""
-        at, mask = torch.arange(x.shape[1], device=x.device) if at is None else at, None
-        position = at[None]
+        valid bool [B, S]: which keys are no padding (None: all); at int64 [L]: places of x among
+        the S, if the blocks shall keep its keys.  Position ids count valid tokens (as official)."""
+        place, mask = torch.arange(x.shape[1], device=x.device) if at is None else at, None
+        position = place[None]
         if valid is not None:
             key = torch.arange(valid.shape[1], device=x.device)
-            position = (valid.long().cumsum(1) - 1).clamp(min=0)[:, at]
-            seen = (key <= at[:, None]) & valid[:, None, None, :]
-            seen = seen | (key == at[:, None])  # a padding row sees itself: no NaN
+            position = (valid.long().cumsum(1) - 1).clamp(min=0)[:, place]
+            seen = (key <= place[:, None]) & valid[:, None, None, :]
+            seen = seen | (key == place[:, None])  # a padding row sees itself: no NaN
             mask = torch.zeros_like(seen, dtype=x.dtype).masked_fill(~seen, -math.inf)
         c = self.config
         half = torch.arange(0, c.dim // c.heads, 2, device=x.device).float()
         angle = position[:, None, :, None] * c.rope_theta ** (-half / (c.dim // c.heads))
         cos, sin = rope_table(angle, c.rounded_rope)
         rope = cos.repeat_interleave(2, dim=-1), torch.stack((-sin, sin), dim=-1).flatten(-2)
-        for block, kept in zip_longest(self.layers, cache):
-            x = block(x, rope, mask, kept, at)
+        for block in self.layers:
+            x = block(x, rope, mask, at)
         return self.norm(x)
 
     def score(self, hidden, kind):
@@ -557,7 +557,7 @@ class VLA(nn.Module):
 
     def decode(self, x, valid, at, kind):
         """The token behind the last of the embeddings x at the places `at` (see body), [B, 1]"""
-        hidden = self.body(x, valid, at, self.cache)
+        hidden = self.body(x, valid, at)
         return self.score(hidden[:, -1], kind).argmax(-1, keepdim=True)
 
     @torch.inference_mode()
@@ -567,9 +567,10 @@ class VLA(nn.Module):
         tokens, kinds int64 [B, L], valid bool [B, L], images [B, 3, H, W] or None -> int64
         [B, count].  official_eos: 0 behind a token 2, which officially ends even latent codes."""
         c, (B, L) = self.config, tokens.shape
-        shape = c.layers, 2, B, c.heads, L + count, c.dim // c.heads
-        if self.cache is None or self.cache.shape != shape:
-            self.cache = self.norm.weight.new_zeros(shape)
+        shape = 2, B, c.heads, L + count, c.dim // c.heads
+        for block in self.layers:  # tensors that stay: CUDA graphs remember where they are
+            if block.cache is None or block.cache.shape != shape:
+                block.cache = self.norm.weight.new_zeros(shape)
         valid, at = F.pad(valid, (0, count), value=True), torch.arange(L, device=tokens.device)
         x, answer = self.embed(tokens, kinds, images), []
         for _ in range(count):

@@ -238,7 +238,8 @@ def train(c, given):
     which = lambda step: data.draw(c.seed, step, c.batch, lengths)[mine]
     run.restore(model, optimizer, meta, files,
                 lambda step: [train_set[e].id for e, _ in which(step)])
-    processes.say(f"VLA of {common.count_parameters(model):,} parameters predicts {c.labels} on "
+    size = sum(p.numel() for p in model.parameters())
+    processes.say(f"VLA of {size:,} parameters predicts {c.labels} on "
                   f"{sum(lengths)} frames of {len(train_set)} episodes, {processes.device}")
 
     rows = lambda step: sequences.batch(train_set, answers, kind, which(step), processes.device)

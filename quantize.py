@@ -99,8 +99,9 @@ def train(c):
     which = lambda step: data.draw(c.seed, step, c.batch, lengths)[mine]
     run.restore(model, optimizer, {"window": c.window}, {},
                 lambda step: [train_set[e].id for e, _ in which(step)])
-    processes.say(f"LAQ of {common.count_parameters(model):,} parameters, {len(train_set)} "
-                  f"episodes to learn from, {len(held_out)} held out, {processes.device}")
+    size = sum(p.numel() for p in model.parameters())
+    processes.say(f"LAQ of {size:,} parameters, {len(train_set)} episodes to learn from, "
+                  f"{len(held_out)} held out, {processes.device}")
 
     batch = lambda step: data.to_float(data.frame_pairs(train_set, which(step), c.window),
                                        processes.device)
@@ -237,21 +238,22 @@ class ApplyConfig:
     where: str = ""  # keep episodes with these fields
     held_out: int = 50  # report: episodes it is about; the probe is fitted on the others
     window: float = 0.0  # seconds; 0: the window the LAQ was trained with
-    bf16: bool = False  # bfloat16 arithmetic, also where the LAQ was trained with it
+    bf16: bool = False  # bfloat16 arithmetic; unless named: as the LAQ was trained
     seed: int = 0
 
 def load_laq(path, option="laq"):
     """A checkpoint's LAQ, in evaluation mode, and its meta"""
     weights, meta = common.load_checkpoint(path, option, ("quantize",))
-    model = LAQ(LAQConfig(**meta["model"]))
     with common.refuse(f"--{option} {path}"):
+        model = LAQ(LAQConfig(**meta["model"]))
         common.load_strictly(model, weights)
     return model.to(common.Processes().device).eval(), meta
 
-def apply(command, c):
+def apply(command, c, given):
     model, meta = load_laq(c.laq)
     window = c.window or meta["window"]
-    c.bf16 |= meta.get("options", {}).get("bf16", False)
+    if "bf16" not in given:
+        c.bf16 = meta.get("options", {}).get("bf16", False)
     dataset = data.open_dataset(c.data, model.config.image_size, c.where)
     with common.Processes().autocast(c):
         if command == "label":
@@ -263,6 +265,6 @@ def apply(command, c):
 
 if __name__ == "__main__":
     if sys.argv[1:2] in (["label"], ["report"]):
-        apply(sys.argv[1], common.parse_options(ApplyConfig, sys.argv[2:])[0])
+        apply(sys.argv[1], *common.parse_options(ApplyConfig, sys.argv[2:]))
     else:
         train(common.parse_options(QuantizeConfig, sys.argv[1:], PRESETS)[0])

@@ -86,10 +86,21 @@ def row(name, rate, taken, share="", memory=None):
 
 def step_row(name, count, unit, bf16, work, flops=None):
     """One row for a step on `count` units; the faster of two measurements of the matmul rate"""
-    flops, peak = flops or counted(work), matmul_rate(bf16)
+    flops, peak = counted(work) if flops is None else flops, matmul_rate(bf16)
     taken = seconds(work, 4.0, least=3)[0]
     row(f"{name}, {'bf16' if bf16 else 'fp32'}", f"{count / taken:,.1f} {unit}/s",
-        f"{1000 * taken:,.1f} ms", f"{flops / taken / max(peak, matmul_rate(bf16)):.0%} of matmul")
+        f"{1000 * taken:,.1f} ms",
+        f"{flops / taken / max(peak, matmul_rate(bf16)):.0%} of matmul" * bool(flops))
+
+
+def outside(work):
+    """Share of the time that one run spends outside matrix products, attention, convolutions"""
+    with torch.profiler.profile() as profiler:
+        work()
+    times = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
+    inside = sum(time for name, time in times.items()
+                 if any(word in name for word in ("mm", "attention", "conv")))
+    return 1 - inside / sum(times.values())
 
 
 def counted(work):
@@ -100,19 +111,22 @@ def counted(work):
     return sum(count for operation, count in table.items() if "conv" not in str(operation))
 
 
-def laq(preset, batch):
-    c = quantize.QuantizeConfig(data="", out="", **quantize.PRESETS[preset])
+def laq(preset, batch, compiled=False, profiled=False):
+    c = quantize.QuantizeConfig(data="", out="", compile=compiled, **quantize.PRESETS[preset])
     c.batch = batch
     torch.manual_seed(0)
     net = LAQ(LAQConfig(**{name: getattr(c, name) for name in LAQConfig.__dataclass_fields__}))
     PROCESSES.shard(net, c, net.blocks, whole=[net.quantizer.codebook])
     optimizer = quantize.make_optimizer(net, c)
     pairs = torch.rand(batch, 2, 3, c.image_size, c.image_size, device=DEVICE)
-    step_row(f"LAQ {preset} training, {batch} pairs", batch, "pairs", c.bf16,
-              lambda: quantize.train_step(net, optimizer, PROCESSES, c, 1, pairs))
+    train = lambda: quantize.train_step(net, optimizer, PROCESSES, c, 1, pairs)
+    step_row(f"LAQ {preset} training{', compiled' * compiled}, {batch} pairs", batch, "pairs",
+             c.bf16, train, 0 if compiled else None)  # the counter sees no compiled products
+    if profiled:
+        row("outside matmuls, attention, convolutions", "", "", f"{outside(train):.0%} of the time")
     with PROCESSES.autocast(c):  # around all batches, as in quantize.py: weights are cast once
         step_row(f"LAQ {preset} labelling, {batch} pairs", batch, "pairs", c.bf16,
-                  lambda: net.label(pairs))
+                 lambda: net.label(pairs))
 
 
 def loader():
@@ -181,7 +195,7 @@ def vla_training(name, net, c, rows):
     batch, length = rows["tokens"].shape
     flops = 3 * batch * net.config.layers * block_cost(net.config, length)[0]
     step_row(f"{name} training, {batch} rows of {length} tokens"
-              + ", checkpointing" * c.checkpointing, batch * length, "tokens", c.bf16, train, flops)
+             + ", checkpointing" * c.checkpointing, batch * length, "tokens", c.bf16, train, flops)
     if c.bf16:
         computed = memory(net.config, batch, length, 1, c.checkpointing, c.lora_rank)
         row("its memory, computed", "", "", "", sum(computed.values()))
@@ -224,9 +238,10 @@ def block_cost(config, length, lora_rank=0):
     return flops, twice - once  # what a longer row does not change are weights
 
 
-def memory(config, rows, length, gpus, checkpointing, lora_rank=0):
-    """Bytes that each GPU needs to finetune a VLA in bf16 on `rows` rows a GPU, by kind, when the
-    fp32 weights, gradients and both moments of Adam are laid out as Processes.shard does it"""
+def memory(config, rows, length, gpus, checkpointing=False, lora_rank=0, accumulate=False):
+    """Bytes that each GPU needs to finetune a VLA in bf16 on `rows` rows at once, by kind, when the
+    fp32 weights, gradients and both moments of Adam are laid out as Processes.shard does it.
+    accumulate: a step has several parts, so gradients lie there while the next part runs"""
     with torch.device("meta"):
         net = VLA(config)
     if lora_rank:
@@ -240,21 +255,24 @@ def memory(config, rows, length, gpus, checkpointing, lora_rank=0):
     activations = stream * config.layers + kept if checkpointing else kept * config.layers
     if gpus == 1:  # autocast's copies live through the forward pass, gradients come behind it
         copies, gradients = 2 * linear, 4 * learned
-        behind = max(0, copies + activations - gradients)
+        behind = max(0, copies + activations - (0 if accumulate else gradients))
         return {"weights": weights, "optimizer": 8 * learned, "gradients": gradients,
                 "activations and copies": behind}
     gathered = 2 * (root + 2 * block) + 4 * min(learned, 2 * block)  # this block and the next
-    return {"weights": weights / gpus, "optimizer": 8 * learned / gpus,
-            "gradients": 4 * learned / gpus, "activations and copies": gathered + activations}
+    gradients = 4 * learned * (accumulate + 1 / gpus)  # FSDP2 adds parts up before it shards them
+    return {"weights": weights / gpus, "optimizer": 8 * learned / gpus, "gradients": gradients,
+            "activations and copies": gathered + activations}
 
 
 def memory_table(rows=8, length=384):
     print(f"| GB a GPU, 7B, bf16, {rows} rows of {length} tokens a GPU | 1 GPU | 4 | 8 |\n"
           "|---|---|---|---|")
     config = VLAConfig(latent_vocab=0, action_vocab=256)
-    for name, checkpointing, rank in (("full finetuning", False, 0), ("checkpointing", True, 0),
-                                      ("LoRA 16", False, 16), ("LoRA 16, checkpointing", True, 16)):
-        cells = [memory(config, rows, length, n, checkpointing, rank) for n in (1, 4, 8)]
+    for name, *how in (("full finetuning",), ("checkpointing", True),
+                       ("checkpointing, --accumulate", True, 0, True),
+                       ("LoRA 16", False, 16), ("LoRA 16, checkpointing", True, 16),
+                       ("LoRA 16, checkpointing, --accumulate", True, 16, True)):
+        cells = [memory(config, rows, length, n, *how) for n in (1, 4, 8)]
         print(f"| {name} | " + " | ".join(f"{sum(cell.values()) / 1e9:.0f}" for cell in cells)
               + " |")
 
@@ -295,7 +313,8 @@ def main(what):
     parts = [(laq, "tiny", 64), (laq, "base", 16), (laq, "lapa", 8), (loader,), (vla, "tiny"),
              (vla, "200m"), (vla, "1b"), (stages,)]
     if what == "compiled":
-        parts = [(vla, "tiny", 0, True)]
+        parts = [(laq, "tiny", 64, False, True), (laq, "tiny", 64, True, True),
+                 (vla, "tiny", 0, True)]
     if what == "gpu":
         parts = [(laq, "lapa", 64), (vla, "1b", 0, True), (vla, "7b", 0, True), (vla, "7b", 16)]
     for work, *arguments in parts:
