@@ -65,7 +65,6 @@ class Policy:
             common.fail(f"--{option} {path}: predicts neither latent nor robot actions")
         self.vqgan = data.load_vqgan(path, option, self.device, meta["model"])
 
-    @torch.inference_mode()
     def __call__(self, images, instructions):
         resize = data.official_resize if self.vqgan else data.resize
         frames = np.stack([resize(image, self.model.config.image_size) for image in images])

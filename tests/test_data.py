@@ -1,5 +1,6 @@
 """Episodes on disk, their cache, windows, labels, bins, token rows, the report card's figures."""
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -370,3 +371,15 @@ def test_bins_are_those_of_pandas():
     for case in recorded:
         (edges,) = data.fit_bins(np.array(case["values"])[:, None], case["bins"])
         np.testing.assert_allclose(edges, case["edges"], rtol=0, atol=1e-12)
+
+
+def test_an_epoch_of_windows_keeps_no_frame_in_memory(make_dataset):
+    """40 MB of pictures are read, all of them; what the process holds of its own stays as it was"""
+    found = data.open_dataset(make_dataset({f"e{i}": 80 for i in range(40)}, size=64), 64).episodes
+    held = lambda: int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    rows = [(e, t) for e in range(40) for t in range(80)]
+    data.to_float(data.frame_pairs(found, rows[:16], 0.6))
+    before = held()
+    for at in range(0, len(rows), 16):
+        data.to_float(data.frame_pairs(found, rows[at:at + 16], 0.6))
+    assert held() - before < 8_000  # kB
