@@ -196,11 +196,12 @@ def cached_frames(video, size, official=False):
 
     Decoded once into $LAPA_CACHE (default .cache here), one file an episode, which appears whole:
     killed runs and two processes do no harm.  Raises what its decoder does."""
-    parts = [video]
+    parts, source = [video], _decode(video)  # which runs only once it is read from
     if video.is_dir():  # its pictures in natural order: img_2 before img_10
         natural = lambda p: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", p.name)]
         pictures = (p for p in video.iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
         parts = sorted(pictures, key=natural)
+        source = (np.asarray(Image.open(p).convert("RGB")) for p in parts)
     stamps = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in parts]
     key = hashlib.sha256(repr((str(video.resolve()), stamps)).encode()).hexdigest()[:24]
     if video.suffix == ".npy":
@@ -210,10 +211,6 @@ def cached_frames(video, size, official=False):
             raise ValueError(f"{source.dtype} {source.shape}, expected uint8 (T, H, W, 3)")
         if source.shape[1:3] == (size, size):
             return source, key
-    elif video.is_dir():
-        source = (np.asarray(Image.open(p).convert("RGB")) for p in parts)
-    else:
-        source = _decode(video)
     cached = _cache(f"frames_{size}" + "_official" * official, key)
     if not cached.is_file():
         frames = [(official_resize if official else resize)(frame, size) for frame in source]
