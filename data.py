@@ -398,9 +398,8 @@ def load_labels(path, dataset, episodes):
         fail(f"{path}: made for another dataset ({meta['dataset']}) than {dataset.path} "
              f"({dataset.fingerprint})")
     for e in episodes:
-        if len(found.get(e.id, ())) != len(e.frames):
-            fail(f"{path}: episode {e.id!r} has {len(found.get(e.id, ()))} labels, expected "
-                 f"{len(e.frames)}")
+        if (count := len(found.get(e.id, ()))) != len(e.frames):
+            fail(f"{path}: episode {e.id!r} has {count} labels, expected {len(e.frames)}")
     return [found[e.id] for e in episodes], meta
 
 def fit_bins(actions, bins=256, binary=""):
