@@ -423,8 +423,7 @@ def to_bins(actions, edges):
 def from_bins(indices, edges):
     """int [.., A] -> float64 [.., A]: the middle of each bin; past the last bin counts as last"""
     middles = [(e[1:] + e[:-1]) / 2 if len(e) > 1 else e for e in edges]
-    columns = [m[np.clip(indices[..., a], 0, len(m) - 1)] for a, m in enumerate(middles)]
-    return np.stack(columns, -1)
+    return np.stack([m.take(indices[..., a], mode="clip") for a, m in enumerate(middles)], -1)
 
 # ------------------------------------------------------------------------ words and sequences
 PAD, BOS, EOS = 0, 1, 2
