@@ -376,8 +376,7 @@ def random_shift(pictures, share, batch=None, mine=slice(None)):
         offset = torch.randint(-most, most + 1, (batch or B, 1))[mine]
         return (torch.arange(length) + offset).clamp(0, length - 1).to(pictures.device)
     at = torch.arange(B, device=pictures.device)[:, None, None]
-    moved = pictures.movedim((-2, -1), (1, 2))[at, shifted(H)[:, :, None], shifted(W)[:, None]]
-    return moved.movedim((1, 2), (-2, -1))
+    return pictures[at, ..., shifted(H)[:, :, None], shifted(W)[:, None]].movedim((1, 2), (-2, -1))
 
 # ------------------------------------------------------------------------ labels and action bins
 def save_labels(path, labels, meta):
