@@ -18,7 +18,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -360,12 +359,12 @@ def draw(seed, step, batch, lengths):
 def stream(make, start, stop, workers=1, ahead=3):
     """Yield make(step) for step in start..stop-1, prepared in the background, always in order."""
     with ThreadPoolExecutor(workers) as pool:
-        waiting = deque()
+        waiting = []
         for step in range(start, stop + ahead):
             if step < stop:
                 waiting.append(pool.submit(make, step))
             if step >= start + ahead:
-                yield waiting.popleft().result()
+                yield waiting.pop(0).result()
 
 def random_shift(pictures, share, batch=None, mine=slice(None)):
     """Move the pictures of each row [B, .., H, W] by one random offset of up to `share` of their
