@@ -88,9 +88,8 @@ class TableTop:
         layout = np.zeros((B, 0, 2))
         for margin in (0.1, 0.25, 0.25, 0.25, 0.25):  # the effector, then the blocks
             spots = rng.uniform(margin, 1 - margin, (B, 40, 2))
-            gap = np.linalg.norm(spots[:, :, None] - layout[:, None], axis=-1).min(2, initial=9.0)
-            pick = np.where((gap > 0.17).any(1), (gap > 0.17).argmax(1), gap.argmax(1))
-            layout = np.concatenate([layout, spots[np.arange(B), pick][:, None]], axis=1)
+            gap = np.linalg.norm(spots[:, :, None] - layout[:, None], axis=-1).min(2, initial=0.17)
+            layout = np.concatenate([layout, spots[np.arange(B), gap.argmax(1)][:, None]], axis=1)
         self.tip, self.blocks, self.start = layout[:, 0], layout[:, 1:], layout[:, 1:]
         self.steps, self.done, self.success = np.zeros(B, int), np.zeros(B, bool), np.zeros(B, bool)
         self._dress()
