@@ -269,8 +269,6 @@ def record(o, folder):
             images.append(env.step(actions[-1])[0]["image"])
         images, actions = np.stack(images, 1), np.stack(actions, 1).astype(np.float32)
         for b in np.flatnonzero(env.success):
-            if kept == o.episodes:
-                return
             name, T = f"{o.embodiment}_{kept:05d}", env.steps[b] + 1
             np.save(folder / "videos" / f"{name}.npy", images[b, :T])
             np.save(folder / "actions" / f"{name}.npy", actions[b, :T - 1])
@@ -279,8 +277,9 @@ def record(o, folder):
                    "task": FAMILIES[env.task[b, 0]], "embodiment": o.embodiment,
                    "combination": "unseen" if tuple(env.task[b]) in unseen else "seen"}
             kept += 1
-    if kept < o.episodes:
-        raise ValueError(f"--noise {o.noise}: the expert reached {kept} goals of {o.episodes}")
+            if kept == o.episodes:
+                return
+    raise ValueError(f"--noise {o.noise}: the expert reached {kept} goals of {o.episodes}")
 
 def scenes(o, folder, tags):
     """Still scenes, 100 to a video: what a pretrained vision-language model knows.  Each video is
