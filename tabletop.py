@@ -288,9 +288,8 @@ def scenes(o, folder, tags):
     for part in range(parts):
         embodiment, (opening, closing) = ("robot", "human")[part % 2], tags[part // 2 % 2]
         env = TableTop(100, embodiment, o.look, size=o.size)
-        obs, _ = env.reset((o.seed, part))
         video = f"videos/scene_{part:05d}.npy"
-        np.save(folder / video, obs["image"])
+        np.save(folder / video, env.reset((o.seed, part))[0]["image"])
         said = {"describe the table": env.captions(np.random.default_rng((o.seed, part)))}
         for thing in THINGS:
             said[f"where is the {thing}"] = [f"{opening} {x} {closing}" for x in env.locate(thing)]
