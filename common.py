@@ -161,6 +161,12 @@ class Processes:
         if self.world > 1:
             dist.barrier()
 
+    def close(self):
+        """Leave the peers, and let gloo's threads drop their last tensors: at exit that aborts"""
+        if self.world > 1:
+            dist.destroy_process_group()
+            time.sleep(0.5)
+
     def shard(self, model, c, blocks, whole=()):
         """Put a model on this process's device.  Among several processes each of its `blocks`, and
         what is left, are sharded (FSDP2; on GPUs c.bf16 gathers them in bfloat16), but for the
@@ -529,5 +535,4 @@ class Run:
             write_atomically(self.out / "summary.json", json.dumps(summary, indent=1) + "\n")
             files = [f"{latest(self.out)}/", *files, self.out / "summary.json"]
             print("wrote", ", ".join(map(str, files)))
-        if self.processes.world > 1:
-            dist.destroy_process_group()
+        self.processes.close()

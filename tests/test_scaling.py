@@ -86,7 +86,7 @@ def train_rank(rank, folder):
         common.seed_step(c.seed, step)
         quantize.train_step(net, optimizer, processes, c, step, pairs[processes.share(c)])
     torch.save((net.quantizer.codebook.data, net.quantizer.uses), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    processes.close()
 
 
 def test_codebooks_are_the_same_on_both_ranks_to_the_bit(tmp_path):
