@@ -404,11 +404,11 @@ class Block(nn.Module):
         # Keys and values of all S places, [2, B, heads, S, dim_head], while a VLA generates.
         self.register_buffer("cache", None, persistent=False)
 
-    def forward(self, x, rope, mask, at=None):
+    def forward(self, x, cos, sin, mask, at=None):
         split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # B heads L dim_head
         y = self.attention_norm(x)
-        q, k, v = rotate(split(self.wq(y)), *rope), rotate(split(self.wk(y)), *rope), \
-            split(self.wv(y))
+        q, k, v = (split(linear(y)) for linear in (self.wq, self.wk, self.wv))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if at is not None:
             k, v = self.cache.index_copy_(3, at, torch.stack((k, v)).to(self.cache.dtype))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
@@ -485,33 +485,39 @@ class VLA(nn.Module):
             x = x.masked_scatter((kinds == VISION)[..., None], patches)
         return x
 
-    def forward(self, tokens, kinds, images=None, valid=None):
-        """Final hidden states [B, L, D]; score them with `score`.
+    def tables(self, x, valid=None):
+        """Of all S places cosines and sines [B or 1, 1, S, dim_head], mask [B, 1, S, S] or None.
 
-        tokens, kinds int64 [B, L]; images [B, 3, H, W] in [-1, 1]; valid: see `body`"""
-        return self.body(self.embed(tokens, kinds, images), valid)
-
-    def body(self, x, valid=None, at=None):
-        """Embeddings [B, L, D] -> final hidden states [B, L, D].
-
-        valid bool [B, S]: which keys are no padding (None: all); at int64 [L]: places of x among
-        the S, if the blocks shall keep its keys.  Position ids count valid tokens (as official)."""
-        place, mask = torch.arange(x.shape[1], device=x.device) if at is None else at, None
-        position = place[None]
+        valid bool [B, S]: which are no padding (None: all of the embeddings x [B, S, D]).
+        Position ids count valid tokens (as official)."""
+        c, S, mask = self.config, (x if valid is None else valid).shape[1], None
+        place = torch.arange(S, device=x.device)
+        position = place[None] if valid is None else (valid.long().cumsum(1) - 1).clamp(min=0)
         if valid is not None:
-            key = torch.arange(valid.shape[1], device=x.device)
-            position = (valid.long().cumsum(1) - 1).clamp(min=0)[:, place]
-            seen = (key <= place[:, None]) & valid[:, None, None, :]
-            seen = seen | (key == place[:, None])  # a padding row sees itself: no NaN
+            seen = (place <= place[:, None]) & valid[:, None, None, :]
+            seen = seen | (place == place[:, None])  # a padding row sees itself: no NaN
             mask = torch.zeros_like(seen, dtype=x.dtype).masked_fill(~seen, -math.inf)
-        c = self.config
         half = torch.arange(0, c.dim // c.heads, 2, device=x.device).float()
         angle = position[:, None, :, None] * c.rope_theta ** (-half / (c.dim // c.heads))
         cos, sin = rope_table(angle, c.rounded_rope)
-        rope = cos.repeat_interleave(2, dim=-1), torch.stack((-sin, sin), dim=-1).flatten(-2)
+        return cos.repeat_interleave(2, dim=-1), torch.stack((-sin, sin), dim=-1).flatten(-2), mask
+
+    def body(self, x, tables, at=None):
+        """Embeddings [B, L, D] -> final hidden states [B, L, D].
+
+        at int64 [L]: their places among the S of `tables`, if blocks shall keep keys and values"""
+        if at is not None:
+            tables = [table[:, :, at] for table in tables]
         for block in self.layers:
-            x = block(x, rope, mask, at)
+            x = block(x, *tables, at)
         return self.norm(x)
+
+    def forward(self, tokens, kinds, images=None, valid=None):
+        """Final hidden states [B, L, D]; score them with `score`.
+
+        tokens, kinds int64 [B, L]; images [B, 3, H, W] in [-1, 1]; valid: see `tables`"""
+        x = self.embed(tokens, kinds, images)
+        return self.body(x, self.tables(x, valid))
 
     def score(self, hidden, kind):
         """hidden [.., D] -> logits [.., V] of the vocabulary `kind`"""
@@ -555,10 +561,9 @@ class VLA(nn.Module):
                 put(table, row.expand(table.shape))
         return fresh
 
-    def decode(self, x, valid, at, kind):
+    def decode(self, x, tables, at, kind):
         """The token behind the last of the embeddings x at the places `at` (see body), [B, 1]"""
-        hidden = self.body(x, valid, at)
-        return self.score(hidden[:, -1], kind).argmax(-1, keepdim=True)
+        return self.score(self.body(x, tables, at)[:, -1], kind).argmax(-1, keepdim=True)
 
     @torch.inference_mode()
     def generate(self, tokens, kinds, images, valid, kind, count, official_eos=False):
@@ -571,10 +576,11 @@ class VLA(nn.Module):
         for block in self.layers:  # tensors that stay: CUDA graphs remember where they are
             if block.cache is None or block.cache.shape != shape:
                 block.cache = self.norm.weight.new_zeros(shape)
-        valid, at = F.pad(valid, (0, count), value=True), torch.arange(L, device=tokens.device)
         x, answer = self.embed(tokens, kinds, images), []
+        tables = self.tables(x, F.pad(valid, (0, count), value=True))
+        at = torch.arange(L, device=tokens.device)
         for _ in range(count):
-            answer.append(self.decode(x, valid, at, kind).clone())  # a CUDA graph reuses its output
+            answer.append(self.decode(x, tables, at, kind).clone())  # CUDA graphs reuse outputs
             x, at = self.heads()[kind][0](answer[-1]), at[-1:] + 1
         answer = torch.cat(answer, dim=1)
         if official_eos:

@@ -264,11 +264,12 @@ def test_decoding_with_the_cache_gives_the_hidden_states_of_the_full_pass(vla):
     valid = torch.cat((valid, answer > 0), 1)
     full = vla(*whole, images, valid)
     x, found, L = vla.embed(*whole, images), [], tokens.shape[1]
+    tables = vla.tables(x, valid)
     for block in vla.layers:
         block.cache = torch.full((2, 3, 2, L + 3, 16), 1e4)  # what an earlier prompt left there
     with torch.no_grad():
         for at in (range(L), [L], [L + 1], [L + 2]):
-            found.append(vla.body(x[:, list(at)], valid, torch.tensor(at)))
+            found.append(vla.body(x[:, list(at)], tables, torch.tensor(at)))
     seen = valid[..., None]
     torch.testing.assert_close(torch.cat(found, 1) * seen, full * seen, atol=1e-5, rtol=1e-5)
 
