@@ -138,7 +138,7 @@ def train(c):
                      lora_rank=c.lora_rank)
     model.action_embed.weight.requires_grad_(not c.freeze_table)
     groups = model.parameter_groups(c.lr, c.head_lr, fresh, c.freeze_vision)
-    optimizer = common.make_optimizer(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=c.bf16)
+    optimizer = common.make_optimizer(groups, c, betas=(0.9, 0.95), weight_decay=0.0)
     meta = {"labels": meta["labels"], "template": meta["template"],
             "bins": [list(e) for e in edges]}
     files = {"tokenizer.json": tokenizer.to_str()}

@@ -81,7 +81,7 @@ def make_optimizer(model, c):
     rest = [p for p in model.parameters() if p is not codebook]
     return common.make_optimizer([{"params": rest, "lr": c.lr},
                                   {"params": [codebook], "lr": c.lr * c.codebook_lr}],
-                                 torch.optim.Adam, betas=(0.9, 0.99), fused=c.bf16)
+                                 c, torch.optim.Adam, betas=(0.9, 0.99))
 
 def train(c):
     processes = common.Processes()

@@ -331,7 +331,7 @@ def make_run(out, **more):
     c = quantize.QuantizeConfig(data="", out=str(out), steps=10**6, save_every=1, **more)
     net = torch.nn.Linear(2, 1, bias=False)
     run = common.Run(c, common.Processes(), "quantize", LAQConfig())
-    optimizer = common.make_optimizer([{"params": list(net.parameters()), "lr": 0.1}])
+    optimizer = common.make_optimizer([{"params": list(net.parameters()), "lr": 0.1}], c)
     run.restore(net, optimizer, {}, {"words.json": "[]"}, lambda step: [])
     return run, net
 
