@@ -3,6 +3,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -70,9 +71,9 @@ def test_one_process_resumes_two_and_two_one(trained, tmp_path, name):
     assert losses(tmp_path / "out") == pytest.approx(losses(tmp_path / "straight"), abs=1e-5)
 
 
-def train_rank(rank, folder):
+def train_rank(rank, folder, port):
     """20 steps of one of two ranks on random pairs, with replacements of dead codes"""
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29511")
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     c = quantize.QuantizeConfig(data="", out="", **{
         **quantize.PRESETS["tiny"], "batch": 8, "steps": 20, "warmup": 0})
     processes = common.Processes()
@@ -90,7 +91,10 @@ def train_rank(rank, folder):
 
 
 def test_codebooks_are_the_same_on_both_ranks_to_the_bit(tmp_path):
-    torch.multiprocessing.spawn(train_rank, (str(tmp_path),), nprocs=2)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    torch.multiprocessing.spawn(train_rank, (str(tmp_path), port), nprocs=2)
     one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
     assert (one[0] < 29).any()  # dead codes were moved
