@@ -227,7 +227,7 @@ def make_optimizer(groups, c, kind=torch.optim.AdamW, **settings):
     """Optimizer over groups [{"params": [...], "lr": ..}]; each parameter lands in exactly one."""
     groups = [{**g, "peak": g["lr"], "params": [p for p in g["params"] if p.requires_grad]}
               for g in groups]
-    return kind([g for g in groups if g["params"]], fused=c.bf16 or c.compile, **settings)
+    return kind([g for g in groups if g["params"]], fused=c.bf16 or c.compile or None, **settings)
 
 def optimizer_step(optimizer, processes, c, step):
     """Average over ranks what FSDP has not, clip the norm of gradients at c.clip, step at the rate
@@ -443,12 +443,14 @@ class Run:
         self.meta, self.files = self.meta | meta, files
         if self.found:
             state = self.state()
+            groups = state["optimizer"].pop("param_groups")  # rates and such are this run's own
             with refuse(f"--out {self.found}: cannot be continued",
                         (Exception, CheckpointException)):
                 for part in state:  # what never had a gradient has no optimizer state
                     dcp.load({part: state[part]}, checkpoint_id=self.found / "training",
                              planner=DefaultLoadPlanner(allow_partial_load=part == "optimizer"))
                 model.load_state_dict(state["model"])
+                state["optimizer"]["param_groups"] = groups
                 state_dict.set_optimizer_state_dict(model, optimizer, state["optimizer"])
             self.processes.say(f"resuming {self.out} at step {self.start}")
 

@@ -150,8 +150,7 @@ def train(c):
                 lambda: merged(model, weights))
     if vqgan and not c.shift:  # shifted pictures are tokenised as they come, others once
         data.add_codes(few, vqgan, processes)
-    processes.say(f"{len(few)} labelled episodes, {sum(map(len, bins))} actions, "
-                  f"{processes.device}")
+    processes.say(len(few), "labelled episodes,", sum(map(len, bins)), "actions,", processes.device)
 
     sequences = data.Sequences(tokenizer, model.config.image_tokens, meta["template"], c.length,
                                c.official_cut)

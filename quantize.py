@@ -79,9 +79,8 @@ def train_step(model, optimizer, processes, c, step, pair, who=str):
 def make_optimizer(model, c):
     codebook = model.quantizer.codebook
     rest = [p for p in model.parameters() if p is not codebook]
-    return common.make_optimizer([{"params": rest, "lr": c.lr},
-                                  {"params": [codebook], "lr": c.lr * c.codebook_lr}],
-                                 c, torch.optim.Adam, betas=(0.9, 0.99))
+    groups = [{"params": rest, "lr": c.lr}, {"params": [codebook], "lr": c.lr * c.codebook_lr}]
+    return common.make_optimizer(groups, c, torch.optim.Adam, betas=(0.9, 0.99))
 
 def train(c):
     processes = common.Processes()

@@ -95,7 +95,9 @@ def step_row(name, count, unit, bf16, work, flops=None):
 
 def outside(work, runs=8):
     """Least share of the time, of some runs, that is spent outside matrix products, attention (with
-    its softmax, where no fused kernel takes a mask that learns) and convolutions"""
+    its softmax, unless compiled into other kernels) and convolutions"""
+    words = "mm", "attention", "conv", "softmax"
+
     def share():
         with torch.profiler.profile() as profiler:
             work()
@@ -103,7 +105,7 @@ def outside(work, runs=8):
         for event in profiler.events():
             inside, up = False, event
             while up is not None:  # children of attention are attention
-                inside |= any(word in up.name for word in ("mm", "attention", "conv", "softmax"))
+                inside |= up.name.startswith("aten::") and any(word in up.name for word in words)
                 up = up.cpu_parent
             times[inside] += event.self_cpu_time_total
         return times[False] / sum(times.values())

@@ -336,6 +336,20 @@ def make_run(out, **more):
     return run, net
 
 
+def test_a_resumed_run_has_its_own_learning_rate_and_kernel(tmp_path):
+    run, net = make_run(tmp_path / "run")
+    run.optimizer.param_groups[0]["peak"] = 7.0
+    for run.step in range(2):
+        net(torch.ones(1, 2)).sum().backward()
+        run.optimizer.step()
+        run.end_step({})
+    moments = run.optimizer.state[net.weight]["exp_avg"].clone()
+    again, net = make_run(tmp_path / "run", resume=True, bf16=True)
+    group = again.optimizer.param_groups[0]
+    assert again.start == 2 and group["fused"] is True and group["peak"] == 0.1
+    assert torch.equal(again.optimizer.state[net.weight]["exp_avg"], moments)
+
+
 def test_checkpoints_are_whole_pointed_at_and_pruned(tmp_path, capsys):
     out = tmp_path / "run"
     run, net = make_run(out, keep=2)
