@@ -87,7 +87,7 @@ def row(name, rate, taken, share="", memory=None):
 def step_row(name, count, unit, bf16, work, flops=None):
     """One row for a step on `count` units; the faster of two measurements of the matmul rate"""
     flops, peak = counted(work) if flops is None else flops, matmul_rate(bf16)
-    taken = seconds(work, 4.0, least=3)[0]
+    taken = seconds(work, 3.0, least=3)[0]
     row(f"{name}, {'bf16' if bf16 else 'fp32'}", f"{count / taken:,.1f} {unit}/s",
         f"{1000 * taken:,.1f} ms",
         f"{flops / taken / max(peak, matmul_rate(bf16)):.0%} of matmul" * bool(flops))
@@ -213,8 +213,8 @@ def vla_training(name, net, c, rows):
 def vla_action(name, net, prompt, bf16):
     """The latency of 7 action tokens behind a prompt (see VLA.generate)"""
     with torch.inference_mode():
-        first, _ = seconds(lambda: net.generate(*prompt, 1), 2.0)
-        whole, times = seconds(lambda: net.generate(*prompt, 7), 4.0, most=200)
+        first, _ = seconds(lambda: net.generate(*prompt, 1), 1.0)
+        whole, times = seconds(lambda: net.generate(*prompt, 7), 3.0, most=200)
     token, read = (whole - first) / 6, sum(p.nbytes for p in net.layers.parameters())
     batch, length = prompt[0].shape
     row(f"{name} action, batch {batch}, prompt of {length}, {'bf16' if bf16 else 'fp32'}",
