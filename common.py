@@ -227,7 +227,7 @@ def make_optimizer(groups, c, kind=torch.optim.AdamW, **settings):
     """Optimizer over groups [{"params": [...], "lr": ..}]; each parameter lands in exactly one."""
     groups = [{**g, "peak": g["lr"], "params": [p for p in g["params"] if p.requires_grad]}
               for g in groups]
-    return kind([g for g in groups if g["params"]], fused=c.bf16 or c.compile or None, **settings)
+    return kind([g for g in groups if g["params"]], fused=True, **settings)
 
 def optimizer_step(optimizer, processes, c, step):
     """Average over ranks what FSDP has not, clip the norm of gradients at c.clip, step at the rate

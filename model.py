@@ -62,15 +62,16 @@ class PEG(nn.Module):
             self.conv.weight[:, :, :2] = 0
 
     def forward(self, x, grid):
-        B, T, N, D = x.shape
-        frames = x.reshape(B, T, grid, grid, D).permute(1, 0, 4, 2, 3)  # T B D h w
+        def tap(t, frames):  # what one frame of the kernel makes of [B, n, N, D]
+            y = frames.reshape(-1, grid, grid, frames.shape[-1]).movedim(-1, 1)  # Bn D h w
+            y = F.conv2d(y, self.conv.weight[:, :, t], padding=1, groups=y.shape[1])
+            return y.movedim(1, -1).reshape(frames.shape)
         # A causal 3-frame kernel over at most a few frames: one 2-D convolution for each reach
         # into the past.  Taps that would only see the zero padding are never computed.
-        tap = lambda t, s: F.conv2d(frames[s], self.conv.weight[:, :, 2 - (t - s)], padding=1,
-                                    groups=D)  # what frame t sees of frame s
-        out = [sum(tap(t, s) for s in range(max(0, t - 2), t + 1)) for t in range(T)]
-        out = torch.stack(out) + self.conv.bias[:, None, None]
-        return out.permute(1, 0, 3, 4, 2).reshape(B, T, N, D)
+        out = tap(2, x) + self.conv.bias
+        for past in range(1, min(3, x.shape[1])):
+            out = out + F.pad(tap(2 - past, x[:, :-past]), (0, 0, 0, 0, past, 0))
+        return out
 
 class Attention(nn.Module):
     """Cosine attention: unit queries and keys, a learned scale a channel, logits times 8."""
@@ -94,22 +95,24 @@ class Attention(nn.Module):
 
     def forward(self, x, context=None, bias=None):
         """x [B, N, D], context [B, M, D] for cross-attention, bias [1, heads, N, N] -> [B, N, D]"""
-        split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # B heads N dim_head
+        split = lambda y: y.unflatten(-1, (self.heads, -1))  # B N heads dim_head
+        unit = lambda y: y * y.norm(dim=-1, keepdim=True).clamp(min=1e-12).reciprocal()
         # Only the queries see a LayerNorm in self-attention: keys and values read the raw x (code).
         source = self.context_norm(context) if self.cross else x
         q = split(self.to_q(self.norm(x)))
         k, v = map(split, self.to_kv(source).chunk(2, dim=-1))
         if self.cross:
-            null = self.null_kv.expand(len(x), -1, -1, -1).to(k.dtype)
-            k = torch.cat((null[:, :, 0::2], k), dim=2)
-            v = torch.cat((null[:, :, 1::2], v), dim=2)
-        q = F.normalize(q, dim=-1) * self.q_scale
-        k = F.normalize(k, dim=-1) * self.k_scale
-        q, k = q.to(v.dtype), k.to(v.dtype)
-        if bias is not None:
-            bias = bias.to(v.dtype)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=8.0)
-        return self.to_out(out.transpose(1, 2).flatten(2))
+            null = self.null_kv.transpose(0, 1).expand(len(x), -1, -1, -1).to(k.dtype)
+            k = torch.cat((null[:, 0::2], k), dim=1)
+            v = torch.cat((null[:, 1::2], v), dim=1)
+        q, k = unit(q), unit(k) * (8 * self.q_scale * self.k_scale)
+        if k.shape[1] == 2:  # over time: softmax over two is the sigmoid of their difference
+            second = torch.sigmoid((q * (k[:, 1:] - k[:, :1])).sum(-1, keepdim=True))
+            v = v.to(second.dtype)
+            return self.to_out(torch.lerp(v[:, :1], v[:, 1:], second).flatten(2))
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # B heads N dim_head
+        logits = q @ k.mT if bias is None else q @ k.mT + bias
+        return self.to_out((logits.softmax(-1) @ v).transpose(1, 2).flatten(2))
 
 class GEGLU(nn.Module):
     def forward(self, x):
