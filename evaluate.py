@@ -54,8 +54,7 @@ class Policy:
             common.load_strictly(self.model, weights)
         self.model.eval()
         if compiled:
-            self.model.decode = torch.compile(self.model.decode, mode="reduce-overhead",
-                                              dynamic=False)
+            self.model.compile_decode()
         tokenizer = data.read_tokenizer(path)
         self.sequences = data.Sequences(tokenizer, self.model.config.image_tokens, meta["template"])
         self.kind = ACTION if self.model.config.action_vocab else LATENT

@@ -568,6 +568,12 @@ class VLA(nn.Module):
         """The token behind the last of the embeddings x at the places `at` (see body), [B, 1]"""
         return self.score(self.body(x, tables, at)[:, -1], kind).argmax(-1, keepdim=True)
 
+    def compile_decode(self):
+        """For control loops: CUDA graphs on GPUs, elsewhere C++ with products of one row fused in"""
+        self.decode = torch.compile(self.decode, dynamic=False, options={
+            "triton.cudagraphs": True} if self.norm.weight.is_cuda else {
+            "cpp_wrapper": True, "post_grad_fusion_options": {"decompose_mm_pass": {}}})
+
     @torch.inference_mode()
     def generate(self, tokens, kinds, images, valid, kind, count, official_eos=False):
         """Greedy continuation of left-padded prompts by `count` tokens of one vocabulary.

@@ -25,7 +25,7 @@ import common
 import data
 import finetune
 import quantize
-from model import ACTION, LAQ, TEXT, VISION, VLA, LAQConfig, VLAConfig
+from model import ACTION, LAQ, TEXT, VISION, VLA, Attention, LAQConfig, VLAConfig
 
 PROCESSES = common.Processes()
 DEVICE = PROCESSES.device
@@ -94,22 +94,41 @@ def step_row(name, count, unit, bf16, work, flops=None):
 
 
 def outside(work, runs=8):
-    """Least share of the time, of some runs, that is spent outside matrix products, attention (with
-    its softmax, unless compiled into other kernels) and convolutions"""
-    words = "mm", "attention", "conv", "softmax"
+    """Shares of the time (medians of some runs) spent outside matrix products, attention modules
+    (cosines, logits, softmax and all) and convolutions, and outside the operations of these names.
+    Backward passes count with what they belong to."""
+    words, forward = ("mm", "matmul", "conv", "softmax"), Attention.forward
 
-    def share():
+    def marked(self, *inputs, **named):
+        with torch.profiler.record_function("attention module"):
+            return forward(self, *inputs, **named)
+
+    def among(event, test):
+        while event is not None and not test(event.name, event.sequence_nr):
+            event = event.cpu_parent
+        return event is not None
+
+    def shares():
         with torch.profiler.profile() as profiler:
             work()
-        times = {True: 0, False: 0}
-        for event in profiler.events():
-            inside, up = False, event
-            while up is not None:  # children of attention are attention
-                inside |= up.name.startswith("aten::") and any(word in up.name for word in words)
-                up = up.cpu_parent
-            times[inside] += event.self_cpu_time_total
-        return times[False] / sum(times.values())
-    return min(share() for _ in range(runs))
+        events, numbers = profiler.events(), {True: set(), False: set()}
+        for event in events:  # backward operations carry the number of their forward one
+            if not among(event, lambda name, _: name.startswith("autograd::engine")):
+                attending = among(event, lambda name, _: name == "attention module")
+                numbers[attending].add(event.sequence_nr)
+        attention, spent = numbers[True] - numbers[False], np.zeros(3)
+        for event in events:
+            named = among(event, lambda name, _: name.startswith("aten::")
+                          and any(word in name for word in words))
+            module = among(event, lambda name, number: name == "attention module"
+                           or name.startswith("autograd::engine") and number in attention)
+            spent += np.array([not (named or module), not named, 1]) * event.self_cpu_time_total
+        return spent[:2] / spent[2]
+    Attention.forward = marked
+    try:
+        return np.median([shares() for _ in range(runs)], axis=0)
+    finally:
+        Attention.forward = forward
 
 
 def counted(work):
@@ -132,7 +151,9 @@ def laq(preset, batch, compiled=False, profiled=False):
     step_row(f"LAQ {preset} training{', compiled' * compiled}, {batch} pairs", batch, "pairs",
              c.bf16, train, 0 if compiled else None)  # the counter sees no compiled products
     if profiled:
-        row("outside matmuls, attention, convolutions", "", "", f"{outside(train):.0%} of the time")
+        share, named = outside(train)
+        row("outside matmuls, attention, convolutions", "", "",
+            f"{share:.0%} of the time; {named:.0%} outside operations named so")
     with PROCESSES.autocast(c):  # around all batches, as in quantize.py: weights are cast once
         step_row(f"LAQ {preset} labelling, {batch} pairs", batch, "pairs", c.bf16,
                  lambda: net.label(pairs))
@@ -190,7 +211,7 @@ def vla(name, lora_rank=0, compiled=False):
     for rows in (1, 64) if name == "tiny" else (1,):
         vla_action(f"VLA {name}", net, prompt(rows), c.bf16)
     if compiled:
-        net.decode = torch.compile(net.decode, mode="reduce-overhead", dynamic=False)
+        net.compile_decode()
         vla_action(f"VLA {name} compiled", net, prompt(1), c.bf16)
 
 
