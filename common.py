@@ -223,7 +223,7 @@ class Processes:
         row = torch.tensor([list(values.values())], dtype=torch.float64, device=self.device)
         return dict(zip(values, self.gather(row).mean(0).tolist()))
 
-def make_optimizer(groups, c, kind=torch.optim.AdamW, **settings):
+def make_optimizer(groups, kind=torch.optim.AdamW, **settings):
     """Optimizer over groups [{"params": [...], "lr": ..}]; each parameter lands in exactly one."""
     groups = [{**g, "peak": g["lr"], "params": [p for p in g["params"] if p.requires_grad]}
               for g in groups]
@@ -408,8 +408,7 @@ class Run:
 
     def __init__(self, config, processes, stage, shape, **identity):
         self.c, self.out, self.processes, self.stage = config, Path(config.out), processes, stage
-        identity |= {"model": shape.__dict__, "where": config.where, "seed": config.seed,
-                     "batch": config.batch}
+        identity |= {"where": config.where, "seed": config.seed, "batch": config.batch}
         self.meta = {"stage": stage, "model": shape.__dict__, "identity": identity,
                      "options": config.__dict__}
         self.start, self.found, self.numbers, self.signals = 0, None, {}, []
@@ -419,8 +418,9 @@ class Run:
             if not config.resume:
                 fail(f"--out {self.out} already holds a checkpoint of step {self.start}: pass "
                      "--resume true to continue it, or another --out")
-            for key, mine in identity.items():
-                if (theirs := meta.get("identity", {}).get(key)) != mine:
+            before = meta["model"] | meta.get("identity", {})
+            for key, mine in (identity | shape.__dict__).items():
+                if (theirs := before.get(key)) != mine:
                     fail(f"--out {self.out} was made with {key} = {theirs}, this run has {mine}: "
                          "remove it or pass another --out")
             if self.start > config.steps:

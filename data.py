@@ -564,13 +564,13 @@ if __name__ == "__main__":
     command, rest = sys.argv[1:2], sys.argv[2:]
     if command == ["tabletop"]:
         make_tabletop(parse_options(TabletopOptions, rest, positional=("out",))[0])
+    elif {"-h", "--help"} & {*sys.argv}:
+        print(__doc__.strip())
     elif command == ["check"] and len(rest) == 1:
         found = open_dataset(rest[0], 64)
-        total = sum(len(e.frames) for e in found.episodes)
-        known = sum(e.actions is not None for e in found.episodes)
-        print(f"{rest[0]}: {len(found.episodes)} episodes, {total} frames, {known} with actions, "
+        print(f"{rest[0]}: {len(found.episodes)} episodes, "
+              f"{sum(len(e.frames) for e in found.episodes)} frames, "
+              f"{sum(e.actions is not None for e in found.episodes)} with actions, "
               f"fingerprint {found.fingerprint}: no defects")
-    elif command in (["-h"], ["--help"]):
-        print(__doc__.strip())
     else:
         fail("expected: data.py check DATASET, or data.py tabletop OUT [options]")

@@ -110,7 +110,7 @@ def choose_bins(c, meta, few):
                     f"trained on width {len(edges)}")
     return edges
 
-def train(c):
+def train(c, given):
     processes = common.Processes()
     mine = processes.share(c)
     weights, meta = common.load_checkpoint(c.init_from, "init_from", ("pretrain",))
@@ -119,7 +119,8 @@ def train(c):
     dataset = data.open_dataset(c.data, shape["image_size"], c.where, actions_needed=True,
                                 official=vqgan is not None)
     train_set, _ = dataset.split(c.held_out)
-    few = data.labelled_few(train_set, c.labelled or len(train_set), c.seed)
+    most = c.labelled if "labelled" in given else min(c.labelled, len(train_set))
+    few = data.labelled_few(train_set, most or len(train_set), c.seed)
     edges = choose_bins(c, meta, few)
     torch.manual_seed(c.seed)
     with common.refuse(f"--init_from {c.init_from}"):
@@ -138,7 +139,7 @@ def train(c):
                      lora_rank=c.lora_rank)
     model.action_embed.weight.requires_grad_(not c.freeze_table)
     groups = model.parameter_groups(c.lr, c.head_lr, fresh, c.freeze_vision)
-    optimizer = common.make_optimizer(groups, c, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = common.make_optimizer(groups, betas=(0.9, 0.95), weight_decay=0.0)
     meta = {"labels": meta["labels"], "template": meta["template"],
             "bins": [list(e) for e in edges]}
     files = {"tokenizer.json": tokenizer.to_str()}
@@ -164,4 +165,4 @@ def train(c):
     run.finish()
 
 if __name__ == "__main__":
-    train(common.parse_options(FinetuneConfig, sys.argv[1:], PRESETS)[0])
+    train(*common.parse_options(FinetuneConfig, sys.argv[1:], PRESETS))

@@ -93,7 +93,7 @@ class Attention(nn.Module):
             self.null_kv = nn.Parameter(torch.randn(heads, 4, dim_head))
         self.cross = cross
 
-    def forward(self, x, context=None, bias=None):
+    def forward(self, x, context=None, bias=0):
         """x [B, N, D], context [B, M, D] for cross-attention, bias [1, heads, N, N] -> [B, N, D]"""
         split = lambda y: y.unflatten(-1, (self.heads, -1))  # B N heads dim_head
         unit = lambda y: y * y.norm(dim=-1, keepdim=True).clamp(min=1e-12).reciprocal()
@@ -111,8 +111,7 @@ class Attention(nn.Module):
             v = v.to(second.dtype)
             return self.to_out(torch.lerp(v[:, :1], v[:, 1:], second).flatten(2))
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # B heads N dim_head
-        logits = q @ k.mT if bias is None else q @ k.mT + bias
-        return self.to_out((logits.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        return self.to_out(((q @ k.mT + bias).softmax(-1) @ v).transpose(1, 2).flatten(2))
 
 class GEGLU(nn.Module):
     def forward(self, x):
@@ -131,7 +130,7 @@ class Layer(nn.Module):
         self.ff = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 2 * inner, bias=False), GEGLU(),
                                 nn.Linear(inner, dim, bias=False))
 
-    def forward(self, x, grid, over_time=False, misread=False, bias=None, context=None):
+    def forward(self, x, grid, over_time=False, misread=False, bias=0, context=None):
         B, T, N, D = x.shape
         if misread:  # the quirk: memory laid out as (N, T) is taken for (T, N)
             memory = x.transpose(1, 2).reshape(B, T, N, D)
@@ -150,12 +149,11 @@ class Transformer(nn.Module):
 
     def __init__(self, c, depth, over_time=False, cross=False):
         super().__init__()
-        self.over_time, self.grid = over_time, c.grid
-        self.misread = over_time and c.official_peg
+        self.over_time, self.grid, self.misread = over_time, c.grid, over_time and c.official_peg
         self.layers = nn.ModuleList(Layer(c.dim, c.heads, c.dim_head, cross) for _ in range(depth))
         self.norm_out = nn.LayerNorm(c.dim, bias=False)
 
-    def forward(self, x, bias=None, context=None):
+    def forward(self, x, bias=0, context=None):
         for layer in self.layers:
             x = layer(x, self.grid, self.over_time, self.misread, bias, context)
         return self.norm_out(x)
@@ -223,10 +221,6 @@ class Quantizer(nn.Module):
             return self.cnn(x.unflatten(2, (self.c.grid, self.c.grid))).flatten(2).transpose(1, 2)
         return summary(last) - summary(first)
 
-    def nearest(self, d):
-        """[B, K, Q] -> indices [B, K]"""
-        return nearest(d, self.codebook)
-
     def substitute(self, d, indices, noise=None):
         """The NSVQ training value d + |d - c| v/|v|: gradients reach encoder and codebook."""
         noise = torch.randn_like(d) if noise is None else noise
@@ -266,7 +260,7 @@ class Quantizer(nn.Module):
                 noise = 1e-12 * torch.randn_like(self.codebook[dead])
                 self.codebook[dead] = live[pick] + noise
         else:
-            now = torch.bincount(self.nearest(d).flatten(), minlength=len(self.uses))
+            now = torch.bincount(nearest(d, self.codebook).flatten(), minlength=len(self.uses))
             if (now > 0).sum() * 2 <= len(now):  # collapsed, though entries may take turns in time
                 self.uses *= now > 0
             dead = self.uses < dead_below * self.uses.sum() / len(self.uses)
@@ -333,7 +327,7 @@ class LAQ(nn.Module):
         bias = self.position_bias()
         tokens = self.patches(pair)
         d = self.encode(tokens if seen is None else self.patches(seen), bias).float()
-        indices = self.quantizer.nearest(d)
+        indices = nearest(d, self.quantizer.codebook)
         value = self.quantizer.substitute(d, indices, noise)
         # The decoder must not shape the patch embedding: official code detaches here.
         predicted = self.decode(pair[:, 0], tokens[:, :1].detach(), value, bias)
@@ -342,7 +336,7 @@ class LAQ(nn.Module):
     @torch.no_grad()
     def label(self, pair):
         """pair [B, 2, 3, H, W] -> latent action, int64 [B, K] in [0, codebook_size)"""
-        return self.quantizer.nearest(self.difference(pair))
+        return nearest(self.difference(pair), self.quantizer.codebook)
 
     @torch.no_grad()
     def imagine(self, frame, codes):
@@ -389,10 +383,8 @@ def rotate(x, cos, sin):
 
 def rope_table(angle, rounded):
     """Cosine and sine of angles; rounded: as official bf16 code makes them (formats section 2)"""
-    if not rounded:
-        return angle.cos(), angle.sin()
-    angle = angle.bfloat16().float()
-    return angle.cos().bfloat16().float(), angle.sin().bfloat16().float()
+    stored = lambda x: x.bfloat16().float() if rounded else x
+    return stored(stored(angle).cos()), stored(stored(angle).sin())
 
 class Block(nn.Module):
     """One LLaMA layer: x += attention(norm(x)); x += w2(silu(w1 norm(x)) * w3 norm(x))"""
@@ -569,7 +561,7 @@ class VLA(nn.Module):
         return self.score(self.body(x, tables, at)[:, -1], kind).argmax(-1, keepdim=True)
 
     def compile_decode(self):
-        """For control loops: CUDA graphs on GPUs, elsewhere C++ with products of one row fused in"""
+        """For control loops: CUDA graphs on GPUs, else C++ that products of a row are fused into"""
         self.decode = torch.compile(self.decode, dynamic=False, options={
             "triton.cudagraphs": True} if self.norm.weight.is_cuda else {
             "cpp_wrapper": True, "post_grad_fusion_options": {"decompose_mm_pass": {}}})

@@ -112,7 +112,7 @@ def train_inverse_dynamics(c, processes, few):
     idm = nn.ModuleDict({"encoder": encoder, "head": nn.Linear(width, known.shape[1])})
     idm.to(processes.device)
     scale = torch.from_numpy(np.stack([known.mean(0), known.std(0) + 1e-6])).to(processes.device)
-    optimizer = common.make_optimizer([{"params": idm.parameters(), "lr": 1e-3}], c)
+    optimizer = common.make_optimizer([{"params": idm.parameters(), "lr": 1e-3}])
     lengths = [min(len(e.actions), len(e.frames) - 1) for e in few]
     recipe = replace(c, steps=c.idm_steps, warmup=20, final_lr=0.05, clip=1.0)
     for step in tqdm(range(c.idm_steps), desc="inverse dynamics", mininterval=1.0, leave=False,
@@ -229,7 +229,7 @@ def train(c, given):
                      init_from=common.fingerprint(c.init_from) if c.init_from else None,
                      labelled=[c.labelled_data, c.labelled_where, c.labelled, c.idm_steps])
     groups = model.parameter_groups(c.lr, c.head_lr, fresh, c.freeze_vision and c.init_from)
-    optimizer = common.make_optimizer(groups, c, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = common.make_optimizer(groups, betas=(0.9, 0.95), weight_decay=0.0)
     meta = {"labels": c.labels, "template": c.template, **kept}
     files = {"tokenizer.json": tokenizer.to_str()}
     if vqgan:

@@ -80,7 +80,7 @@ def make_optimizer(model, c):
     codebook = model.quantizer.codebook
     rest = [p for p in model.parameters() if p is not codebook]
     groups = [{"params": rest, "lr": c.lr}, {"params": [codebook], "lr": c.lr * c.codebook_lr}]
-    return common.make_optimizer(groups, c, torch.optim.Adam, betas=(0.9, 0.99))
+    return common.make_optimizer(groups, torch.optim.Adam, betas=(0.9, 0.99))
 
 def train(c):
     processes = common.Processes()
@@ -147,9 +147,8 @@ def perplexity(codes, size):
 def probe_r2(codes, target, test_codes, test_target, size, ridge=1e-2):
     """Linear probe: one-hot codes int [M, K] -> target float [M, A], fitted on the first two
     arguments by ridge regression.  -> R2 on the test pairs, one number an axis."""
-    def features(rows):
-        hot = np.eye(size)[rows].reshape(len(rows), -1)  # M, K*V
-        return np.pad(hot, ((0, 0), (0, 1)), constant_values=1)
+    features = lambda rows: np.pad(np.eye(size)[rows].reshape(len(rows), -1),
+                                   ((0, 0), (0, 1)), constant_values=1)  # M, K*V + 1
     X = features(codes)
     solved = np.linalg.solve(X.T @ X + ridge * np.eye(X.shape[1]), X.T @ target)
     error = ((features(test_codes) @ solved - test_target) ** 2).sum(0)

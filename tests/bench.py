@@ -217,7 +217,7 @@ def vla(name, lora_rank=0, compiled=False):
 
 def vla_training(name, net, c, rows):
     groups = net.parameter_groups(1e-4, 1.0, (), False)
-    optimizer = common.make_optimizer(groups, c)
+    optimizer = common.make_optimizer(groups)
 
     def train():
         PROCESSES.backward(net, c, lambda part: finetune.loss_of(net, part, 0.0), rows)

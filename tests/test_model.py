@@ -1,8 +1,10 @@
 """The two networks: LAQ against the official code's numbers, its codebook, and the VLA."""
 import json
 import re
+import shutil
 from dataclasses import fields
 from pathlib import Path
+from sysconfig import get_paths
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ import model
 import pretrain
 import quantize
 import tabletop
-from model import ACTION, LATENT, TEXT, VISION, LAQ, LAQConfig, VLA, VLAConfig
+from model import ACTION, LATENT, TEXT, VISION, LAQ, LAQConfig, VLA, VLAConfig, nearest
 
 FOLDER = Path(__file__).parent / "golden"  # made with the official code: shared/fixtures/laq_small
 INFO = json.loads((FOLDER / "info.json").read_text())
@@ -113,7 +115,7 @@ def test_convert_refuses_files_that_hold_anything_but_tensors(inside, tmp_path, 
 def test_substitute_keeps_the_distance_and_reaches_encoder_and_codebook():
     quantizer, d = model.Quantizer(LAQConfig(**SMALL)), torch.randn(6, 4, 8, requires_grad=True)
     gaps = (d[:, :, None] - quantizer.codebook).norm(dim=-1)
-    indices = quantizer.nearest(d)
+    indices = nearest(d, quantizer.codebook)
     assert torch.equal(indices, gaps.argmin(-1))
     value = quantizer.substitute(d, indices)
     torch.testing.assert_close((value - d).norm(dim=-1), gaps.min(-1).values)
@@ -174,7 +176,7 @@ def test_codes_that_take_turns_far_from_the_data_are_dead():
     for i in range(48):
         quantizer.count(d, torch.full((16, 4), i % 8))
     quantizer.replace_dead(d)
-    assert len(quantizer.nearest(d).unique()) >= 7
+    assert len(nearest(d, quantizer.codebook).unique()) >= 7
 
 
 @pytest.mark.parametrize("official_rule", [False, True])
@@ -289,8 +291,28 @@ def test_compiled_decoding_gives_the_same_tokens(vla):
     tokens, kinds, valid = SEQUENCES.prompts(TEXTS, ACTION)
     images = torch.rand(3, 3, 16, 16) * 2 - 1
     expected = vla.generate(tokens, kinds, images, valid, ACTION, 4)
-    vla.decode = torch.compile(vla.decode, backend="aot_eager", fullgraph=True)
+    decode = vla.decode
+    vla.decode = torch.compile(decode, backend="aot_eager", fullgraph=True)
     assert torch.equal(vla.generate(tokens, kinds, images, valid, ACTION, 4), expected)
+    if not (shutil.which("g++") and Path(get_paths()["include"], "Python.h").is_file()):
+        pytest.skip("no C++ compiler and Python headers")
+    vla.decode = decode
+    vla.compile_decode()
+    assert torch.equal(vla.generate(tokens, kinds, images, valid, ACTION, 4), expected)
+
+
+def test_attention_over_two_frames_is_attention():
+    """Against torch's own, with the same unit queries and keys"""
+    torch.manual_seed(0)
+    net, x = model.Attention(32, 4, 8), torch.randn(6, 2, 32)
+    net.q_scale.data.uniform_(0.5, 2)
+    net.k_scale.data.uniform_(0.5, 2)
+    split = lambda y: y.unflatten(-1, (4, 8)).transpose(1, 2)
+    k, v = map(split, net.to_kv(x).chunk(2, -1))
+    q = F.normalize(split(net.to_q(net.norm(x))), dim=-1) * net.q_scale
+    k = F.normalize(k, dim=-1) * net.k_scale
+    expected = F.scaled_dot_product_attention(q, k, v, scale=8.0).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(net(x), net.to_out(expected))
 
 
 def test_low_rank_changes_begin_at_nothing_from_the_meta_device_on(vla):

@@ -157,7 +157,7 @@ def test_three_official_training_steps(folder, loss_of):
     net, known = load(f"{folder}/params"), info(folder)
     rows = rows_of(arrays(f"{folder}/inputs.npz"))
     c = pretrain.PretrainConfig(data="", out="", steps=3)
-    optimizer = common.make_optimizer(net.parameter_groups(2e-5, 1.0, (), False), c,
+    optimizer = common.make_optimizer(net.parameter_groups(2e-5, 1.0, (), False),
                                       betas=(0.9, 0.95), weight_decay=0.0)
     for step, golden in enumerate(known["train_metrics_fp32"]):
         loss = loss_of(net, rows)

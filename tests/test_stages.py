@@ -252,6 +252,18 @@ def test_a_finished_run_is_not_overwritten_nor_continued_as_another(runs, inside
         assert words in said and len(said) < 2000 and files() == before
 
 
+def test_a_run_of_another_network_is_told_what_differs(runs, inside, capsys):
+    line = COMMANDS["laq"].replace("DIR", str(runs[0])).split()
+    assert inside(*line, "--resume", "true", "--heads", 2) == 2
+    assert "was made with heads = 4, this run has 2" in capsys.readouterr().err
+
+
+def test_a_preset_uses_what_labelled_episodes_there_are(runs, inside, capsys, tmp_path):
+    line = COMMANDS["SCRATCH"].replace("DIR", str(runs[0])).replace("--labelled 6 ", "")
+    assert inside(*line.split(), "--out", tmp_path) == 0  # the preset asks for 100, 10 are left
+    assert "\n10 labelled episodes" in capsys.readouterr().out
+
+
 def test_errors_end_a_process_with_code_2_and_one_line(start, tmp_path):
     done = start("quantize.py", "--data", tmp_path / "none", "--out", tmp_path / "out")
     assert done.returncode == 2 and done.stderr.startswith("error: ")
@@ -331,7 +343,7 @@ def make_run(out, **more):
     c = quantize.QuantizeConfig(data="", out=str(out), steps=10**6, save_every=1, **more)
     net = torch.nn.Linear(2, 1, bias=False)
     run = common.Run(c, common.Processes(), "quantize", LAQConfig())
-    optimizer = common.make_optimizer([{"params": list(net.parameters()), "lr": 0.1}], c)
+    optimizer = common.make_optimizer([{"params": list(net.parameters()), "lr": 0.1}])
     run.restore(net, optimizer, {}, {"words.json": "[]"}, lambda step: [])
     return run, net
 
