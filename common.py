@@ -129,6 +129,9 @@ class TrainConfig:
     checkpointing: bool = False  # recompute a block's activations backward, to save memory
     compile: bool = False  # torch.compile each block
 
+MAY_CHANGE = {f.name for f in dataclasses.fields(TrainConfig)} - {  # in a run that is resumed
+    "where", "held_out", "batch", "seed"}
+
 # ------------------------------------------------------------------------ processes
 class Processes:
     """This process among its peers: rank, world size, device.  Under torchrun, gloo or nccl."""
@@ -402,13 +405,12 @@ def fingerprint(path):
     return digest.hexdigest()[:12]
 
 class Run:
-    """The output folder of a stage: metrics.jsonl, a progress bar, checkpoints, resuming, for which
-    `shape` (the network's config) and `identity` have to be the checkpoint's.  Order of calls:
-    restore, loop (over batches from `start` on; after each step: end_step), finish."""
+    """The output folder of a stage: metrics.jsonl, a progress bar, checkpoints, resuming (for which
+    `shape`, the network's config, `identity`, marks of files, and options must agree).  Order of
+    calls: restore, loop (over batches from `start` on; after each step: end_step), finish."""
 
     def __init__(self, config, processes, stage, shape, **identity):
         self.c, self.out, self.processes, self.stage = config, Path(config.out), processes, stage
-        identity |= {"where": config.where, "seed": config.seed, "batch": config.batch}
         self.meta = {"stage": stage, "model": shape.__dict__, "identity": identity,
                      "options": config.__dict__}
         self.start, self.found, self.numbers, self.signals = 0, None, {}, []
@@ -418,11 +420,11 @@ class Run:
             if not config.resume:
                 fail(f"--out {self.out} already holds a checkpoint of step {self.start}: pass "
                      "--resume true to continue it, or another --out")
-            before = meta["model"] | meta.get("identity", {})
-            for key, mine in (identity | shape.__dict__).items():
-                if (theirs := before.get(key)) != mine:
-                    fail(f"--out {self.out} was made with {key} = {theirs}, this run has {mine}: "
-                         "remove it or pass another --out")
+            mine, theirs = (m["options"] | m["model"] | m["identity"] for m in (self.meta, meta))
+            for key in sorted(mine.keys() & theirs.keys() - MAY_CHANGE):
+                if mine[key] != theirs[key]:
+                    fail(f"--out {self.out} was made with {key} = {theirs[key]}, this run has "
+                         f"{mine[key]}: remove it or pass another --out")
             if self.start > config.steps:
                 fail(f"--steps {config.steps}: --out {self.out} has done {self.start} already")
         processes.barrier()

@@ -42,7 +42,7 @@ class EvaluateConfig:
 class Policy:
     """A VLA as a function: images uint8 [B, H, W, 3] and instructions -> actions [B, A], or latent
     actions, int [B, K], where it has not been finetuned.  compiled: for control loops, where the
-    first call may take a minute and all have as many images and words"""
+    first calls may take a minute and all have as many images and words"""
 
     def __init__(self, path, option="policies", stages=("finetune",), bf16=False, compiled=False):
         weights, meta = common.load_checkpoint(path, option, stages)

@@ -25,7 +25,7 @@ from model import ACTION, LOW_RANK, VLAConfig, build_vla
 @dataclass(kw_only=True)
 class FinetuneConfig(common.TrainConfig):
     init_from: str  # pretrain run: latent (LAPA), action (ACTIONVLA), idm (VPT), caption (SCRATCH)
-    labelled: int = 0  # labelled episodes to use, drawn by --seed; 0: all that are not held out
+    labelled: int = 0  # labelled episodes, drawn by --seed (of a preset: at most); 0: all
     bins: int = 256  # bins a dimension (paper)
     soft_bins: float = 0.0  # width, in bins, of a Gaussian around the true bin (paper 0: one-hot)
     binary: str = ""  # dimensions with two values (grippers), e.g. 6
@@ -119,8 +119,9 @@ def train(c, given):
     dataset = data.open_dataset(c.data, shape["image_size"], c.where, actions_needed=True,
                                 official=vqgan is not None)
     train_set, _ = dataset.split(c.held_out)
-    most = c.labelled if "labelled" in given else min(c.labelled, len(train_set))
-    few = data.labelled_few(train_set, most or len(train_set), c.seed)
+    if "labelled" not in given:
+        c.labelled = min(c.labelled, len(train_set))
+    few = data.labelled_few(train_set, c.labelled or len(train_set), c.seed)
     edges = choose_bins(c, meta, few)
     torch.manual_seed(c.seed)
     with common.refuse(f"--init_from {c.init_from}"):
@@ -134,9 +135,8 @@ def train(c, given):
     processes.say(f"inherited {c.init_from} (pretrained on {meta['labels']} labels, step "
                   f"{meta['step']}); fresh: {', '.join(new) or 'nothing'}; bins a dimension: "
                   f"{', '.join(str(max(1, len(e) - 1)) for e in edges)}")
-    run = common.Run(c, processes, "finetune", model.config, data=dataset.fingerprint,
-                     labelled=c.labelled, init_from=common.fingerprint(c.init_from),
-                     lora_rank=c.lora_rank)
+    run = common.Run(c, processes, "finetune", model.config,
+                     dataset=dataset.fingerprint, init_from=common.fingerprint(c.init_from))
     model.action_embed.weight.requires_grad_(not c.freeze_table)
     groups = model.parameter_groups(c.lr, c.head_lr, fresh, c.freeze_vision)
     optimizer = common.make_optimizer(groups, betas=(0.9, 0.95), weight_decay=0.0)

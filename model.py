@@ -62,12 +62,11 @@ class PEG(nn.Module):
             self.conv.weight[:, :, :2] = 0
 
     def forward(self, x, grid):
-        def tap(t, frames):  # what one frame of the kernel makes of [B, n, N, D]
+        def tap(t, frames):  # what frame t of the kernel (2: now) makes of [B, n, N, D]
             y = frames.reshape(-1, grid, grid, frames.shape[-1]).movedim(-1, 1)  # Bn D h w
             y = F.conv2d(y, self.conv.weight[:, :, t], padding=1, groups=y.shape[1])
             return y.movedim(1, -1).reshape(frames.shape)
-        # A causal 3-frame kernel over at most a few frames: one 2-D convolution for each reach
-        # into the past.  Taps that would only see the zero padding are never computed.
+        # One 2-D convolution for each reach into the past; what would see only padding is left out.
         out = tap(2, x) + self.conv.bias
         for past in range(1, min(3, x.shape[1])):
             out = out + F.pad(tap(2 - past, x[:, :-past]), (0, 0, 0, 0, past, 0))
@@ -106,7 +105,7 @@ class Attention(nn.Module):
             k = torch.cat((null[:, 0::2], k), dim=1)
             v = torch.cat((null[:, 1::2], v), dim=1)
         q, k = unit(q), unit(k) * (8 * self.q_scale * self.k_scale)
-        if k.shape[1] == 2:  # over time: softmax over two is the sigmoid of their difference
+        if k.shape[1] == 2:  # over time, no bias: softmax over two is a sigmoid
             second = torch.sigmoid((q * (k[:, 1:] - k[:, :1])).sum(-1, keepdim=True))
             v = v.to(second.dtype)
             return self.to_out(torch.lerp(v[:, :1], v[:, 1:], second).flatten(2))
@@ -561,7 +560,7 @@ class VLA(nn.Module):
         return self.score(self.body(x, tables, at)[:, -1], kind).argmax(-1, keepdim=True)
 
     def compile_decode(self):
-        """For control loops: CUDA graphs on GPUs, else C++ that products of a row are fused into"""
+        """For control loops: CUDA graphs on GPUs, else C++ (fused where a product has one row)"""
         self.decode = torch.compile(self.decode, dynamic=False, options={
             "triton.cudagraphs": True} if self.norm.weight.is_cuda else {
             "cpp_wrapper": True, "post_grad_fusion_options": {"decompose_mm_pass": {}}})

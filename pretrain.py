@@ -224,10 +224,9 @@ def train(c, given):
     model, tokenizer, fresh = build_model(c, kind, dataset, processes)
     sequences = data.Sequences(tokenizer, model.config.image_tokens, c.template, c.length,
                                c.official_cut)
-    run = common.Run(c, processes, "pretrain", model.config, data=dataset.fingerprint,
-                     labels=c.labels, laq=kept.get("laq"), window=kept.get("window"),
-                     init_from=common.fingerprint(c.init_from) if c.init_from else None,
-                     labelled=[c.labelled_data, c.labelled_where, c.labelled, c.idm_steps])
+    run = common.Run(c, processes, "pretrain", model.config,
+                     dataset=dataset.fingerprint, laq=kept.get("laq"), window=kept.get("window"),
+                     init_from=common.fingerprint(c.init_from) if c.init_from else None)
     groups = model.parameter_groups(c.lr, c.head_lr, fresh, c.freeze_vision and c.init_from)
     optimizer = common.make_optimizer(groups, betas=(0.9, 0.95), weight_decay=0.0)
     meta = {"labels": c.labels, "template": c.template, **kept}

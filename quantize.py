@@ -91,7 +91,7 @@ def train(c):
     mine = processes.share(c)
     dataset = data.open_dataset(c.data, c.image_size, c.where)
     train_set, held_out = dataset.split(c.held_out)
-    run = common.Run(c, processes, "quantize", shape, data=dataset.fingerprint, window=c.window)
+    run = common.Run(c, processes, "quantize", shape, dataset=dataset.fingerprint)
     processes.shard(model, c, model.blocks, whole=[model.quantizer.codebook])
     optimizer = make_optimizer(model, c)
     lengths = [len(e.frames) for e in train_set]

@@ -39,6 +39,7 @@ SIZES = {  # network, options of a step, tokens of a row
            dict(batch=2, bf16=True, checkpointing=True), 96),
     "7b": (dict(latent_vocab=0, action_vocab=256),
            dict(batch=32, bf16=True, checkpointing=True), 384)}
+WORDS = "mm", "matmul", "conv", "softmax"  # in the names of operations
 
 
 def wait():
@@ -95,9 +96,10 @@ def step_row(name, count, unit, bf16, work, flops=None):
 
 def outside(work, runs=8):
     """Shares of the time (medians of some runs) spent outside matrix products, attention modules
-    (cosines, logits, softmax and all) and convolutions, and outside the operations of these names.
-    Backward passes count with what they belong to."""
-    words, forward = ("mm", "matmul", "conv", "softmax"), Attention.forward
+    (LayerNorm, cosines, logits, softmax and all; not told apart once compiled) and convolutions,
+    and outside operations that have one of WORDS in their name.  Backward passes count with what
+    they belong to."""
+    forward = Attention.forward
 
     def marked(self, *inputs, **named):
         with torch.profiler.record_function("attention module"):
@@ -119,7 +121,7 @@ def outside(work, runs=8):
         attention, spent = numbers[True] - numbers[False], np.zeros(3)
         for event in events:
             named = among(event, lambda name, _: name.startswith("aten::")
-                          and any(word in name for word in words))
+                          and any(word in name for word in WORDS))
             module = among(event, lambda name, number: name == "attention module"
                            or name.startswith("autograd::engine") and number in attention)
             spent += np.array([not (named or module), not named, 1]) * event.self_cpu_time_total
@@ -152,8 +154,10 @@ def laq(preset, batch, compiled=False, profiled=False):
              c.bf16, train, 0 if compiled else None)  # the counter sees no compiled products
     if profiled:
         share, named = outside(train)
-        row("outside matmuls, attention, convolutions", "", "",
-            f"{share:.0%} of the time; {named:.0%} outside operations named so")
+        if not compiled:
+            row("outside matmuls, attention modules, convolutions", "", "",
+                f"{share:.0%} of the time")
+        row(f"outside operations named {', '.join(WORDS)}", "", "", f"{named:.0%} of the time")
     with PROCESSES.autocast(c):  # around all batches, as in quantize.py: weights are cast once
         step_row(f"LAQ {preset} labelling, {batch} pairs", batch, "pairs", c.bf16,
                  lambda: net.label(pairs))

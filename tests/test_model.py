@@ -291,20 +291,38 @@ def test_compiled_decoding_gives_the_same_tokens(vla):
     tokens, kinds, valid = SEQUENCES.prompts(TEXTS, ACTION)
     images = torch.rand(3, 3, 16, 16) * 2 - 1
     expected = vla.generate(tokens, kinds, images, valid, ACTION, 4)
-    decode = vla.decode
-    vla.decode = torch.compile(decode, backend="aot_eager", fullgraph=True)
+    vla.decode = torch.compile(vla.decode, backend="aot_eager", fullgraph=True)
     assert torch.equal(vla.generate(tokens, kinds, images, valid, ACTION, 4), expected)
-    if not (shutil.which("g++") and Path(get_paths()["include"], "Python.h").is_file()):
-        pytest.skip("no C++ compiler and Python headers")
-    vla.decode = decode
+
+
+HEADERS = Path(get_paths()["include"], "Python.h")
+
+
+@pytest.mark.skipif(not (shutil.which("g++") and HEADERS.is_file()),
+                    reason="no C++ compiler or no Python headers")
+def test_a_control_loop_gives_the_same_tokens(vla):
+    tokens, kinds, valid = SEQUENCES.prompts(TEXTS[:1], ACTION)
+    images = torch.rand(5, 1, 3, 16, 16) * 2 - 1
+    answers = lambda: [vla.generate(tokens, kinds, x, valid, ACTION, 4).tolist() for x in images]
+    expected = answers()
     vla.compile_decode()
-    assert torch.equal(vla.generate(tokens, kinds, images, valid, ACTION, 4), expected)
+    assert answers() == expected
 
 
-def test_attention_over_two_frames_is_attention():
+@pytest.mark.parametrize("T", [1, 2, 3, 5])
+def test_peg_is_a_causal_convolution(T):
+    net, x = model.PEG(6), torch.randn(2, T, 16, 6)
+    net.conv.weight.data.normal_()
+    padded = F.pad(x.unflatten(2, (4, 4)).movedim(-1, 1), (1, 1, 1, 1, 2, 0))  # B D T h w
+    expected = net.conv(padded).movedim(1, -1).flatten(2, 3)
+    torch.testing.assert_close(net(x, 4), expected)
+
+
+@pytest.mark.parametrize("N", [2, 3, 16])
+def test_attention_is_attention_also_over_two_frames(N):
     """Against torch's own, with the same unit queries and keys"""
     torch.manual_seed(0)
-    net, x = model.Attention(32, 4, 8), torch.randn(6, 2, 32)
+    net, x = model.Attention(32, 4, 8), torch.randn(6, N, 32)
     net.q_scale.data.uniform_(0.5, 2)
     net.k_scale.data.uniform_(0.5, 2)
     split = lambda y: y.unflatten(-1, (4, 8)).transpose(1, 2)

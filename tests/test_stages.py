@@ -252,10 +252,15 @@ def test_a_finished_run_is_not_overwritten_nor_continued_as_another(runs, inside
         assert words in said and len(said) < 2000 and files() == before
 
 
-def test_a_run_of_another_network_is_told_what_differs(runs, inside, capsys):
-    line = COMMANDS["laq"].replace("DIR", str(runs[0])).split()
-    assert inside(*line, "--resume", "true", "--heads", 2) == 2
-    assert "was made with heads = 4, this run has 2" in capsys.readouterr().err
+@pytest.mark.parametrize("name, option, value, said", [
+    ("laq", "heads", 2, "heads = 4, this run has 2"),
+    ("laq", "held_out", 3, "held_out = 2, this run has 3"),
+    ("latent", "template", "do {instruction}", "template = {instruction}, this run has do"),
+    ("LAPA", "shift", 0, "shift = 0.0625, this run has 0")])
+def test_what_is_resumed_is_the_same_run(runs, inside, capsys, name, option, value, said):
+    line = COMMANDS[name].replace("DIR", str(runs[0])).split()
+    assert inside(*line, "--resume", "true", f"--{option}", value) == 2
+    assert f"was made with {said}" in capsys.readouterr().err
 
 
 def test_a_preset_uses_what_labelled_episodes_there_are(runs, inside, capsys, tmp_path):
