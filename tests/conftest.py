@@ -17,6 +17,7 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore:torch.distributed is disabled")  # one process
+    config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script")  # torch's own compiler
 
 
 @pytest.fixture(scope="session")
