@@ -75,12 +75,13 @@ class Dataset:
             fail(f"{self.path}: nothing left after holding out {len(late)} episodes (--held_out)")
         return train, [e for e in self.episodes if e.id in late]
 
-def labelled_few(episodes, count, seed):
-    """The `count` episodes whose action labels finetuning (and VPT) may use, drawn by seed"""
+def labelled_few(episodes, count, seed, exact=True):
+    """The `count` episodes (0: all) whose action labels finetuning (and VPT) may use, drawn by seed
+    from those that have some; fewer, where there are not so many, unless `exact`"""
     known = [e for e in episodes if e.actions is not None]
-    if len(known) < count:
+    if not known or exact and len(known) < count:
         fail(f"--labelled {count}: only {len(known)} episodes with actions are left to learn from")
-    return [known[i] for i in np.random.default_rng(seed).permutation(len(known))[:count]]
+    return [known[i] for i in np.random.default_rng(seed).permutation(len(known))[:count or None]]
 
 def open_dataset(path, size, where="", actions_needed=False, official=False):
     """Validate a dataset and open it at size x size pixels; exits with every defect listed.
@@ -522,11 +523,11 @@ class Sequences:
         batch["images"] = to_float(stack("frames"), device) * 2 - 1 if codes is None else None
         return {name: x if x is None else x.to(device) for name, x in batch.items()}
 
-    def prompts(self, instructions, kind, codes=None, length=0):
-        """Prompts for generation, left-padded to the longest or `length`: tokens, kinds int64
-        [B, L], valid bool [B, L].  codes: int64 [B, N] of the images"""
+    def prompts(self, instructions, kind, codes=None, multiple=1):
+        """Prompts for generation, left-padded to the longest, or more to a multiple: tokens, kinds
+        int64 [B, L], valid bool [B, L].  codes: int64 [B, N] of the images"""
         built = [self.prompt(text, kind) for text in instructions]
-        length = max(length, *(len(tokens) for tokens, _ in built))
+        length = -(-max(len(tokens) for tokens, _ in built) // multiple) * multiple
         tokens = torch.tensor([[PAD] * (length - len(t)) + t for t, _ in built])
         kinds = torch.tensor([[TEXT] * (length - len(k)) + k for _, k in built])
         valid = torch.tensor([[False] * (length - len(t)) + [True] * len(t) for t, _ in built])

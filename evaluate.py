@@ -41,8 +41,8 @@ class EvaluateConfig:
 # ------------------------------------------------------------------------ policies
 class Policy:
     """A VLA as a function: images uint8 [B, H, W, 3] and instructions -> actions [B, A], or latent
-    actions, int [B, K], where it has not been finetuned.  compiled: for control loops, where the
-    first calls may take a minute and all have as many images and words"""
+    actions, int [B, K], where it has not been finetuned.  compiled: for control loops, which
+    compile anew for another number of images or of 16 tokens begun"""
 
     def __init__(self, path, option="policies", stages=("finetune",), bf16=False, compiled=False):
         weights, meta = common.load_checkpoint(path, option, stages)
@@ -53,6 +53,7 @@ class Policy:
             self.model.to(torch.bfloat16 if bf16 else torch.float32).to_empty(device=self.device)
             common.load_strictly(self.model, weights)
         self.model.eval()
+        self.multiple = 16 if compiled else 1  # prompts are padded to that
         if compiled:
             self.model.compile_decode()
         tokenizer = data.read_tokenizer(path)
@@ -70,8 +71,8 @@ class Policy:
         pictures, codes = data.to_float(frames, self.device) * 2 - 1, None
         if self.vqgan:
             pictures, codes = None, self.vqgan.encode(pictures).cpu()
-        tokens, kinds, valid = (x.to(self.device) for x in
-                                self.sequences.prompts(instructions, self.kind, codes))
+        tokens, kinds, valid = (x.to(self.device) for x in self.sequences.prompts(
+            instructions, self.kind, codes, self.multiple))
         answer = self.model.generate(tokens, kinds, pictures, valid, self.kind, self.length)
         answer = answer.cpu().numpy()
         return data.from_bins(answer, self.edges) if self.edges else answer

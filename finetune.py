@@ -116,12 +116,9 @@ def train(c, given):
     weights, meta = common.load_checkpoint(c.init_from, "init_from", ("pretrain",))
     tokenizer, shape = data.read_tokenizer(c.init_from), meta["model"]
     vqgan = data.load_vqgan(c.init_from, "init_from", processes.device, shape)
-    dataset = data.open_dataset(c.data, shape["image_size"], c.where, actions_needed=True,
-                                official=vqgan is not None)
+    dataset = data.open_dataset(c.data, shape["image_size"], c.where, official=vqgan is not None)
     train_set, _ = dataset.split(c.held_out)
-    if "labelled" not in given:
-        c.labelled = min(c.labelled, len(train_set))
-    few = data.labelled_few(train_set, c.labelled or len(train_set), c.seed)
+    few = data.labelled_few(train_set, c.labelled, c.seed, exact="labelled" in given)
     edges = choose_bins(c, meta, few)
     torch.manual_seed(c.seed)
     with common.refuse(f"--init_from {c.init_from}"):

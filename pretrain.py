@@ -150,7 +150,7 @@ def answers_for(c, processes, dataset, train_set, held_out):
             actions = [e.actions for e in both]
         else:
             few_data = data.open_dataset(c.labelled_data or c.data, c.image_size, c.labelled_where,
-                                         actions_needed=True, official=c.vision_vocab > 0)
+                                         official=c.vision_vocab > 0)
             few = data.labelled_few(few_data.split(c.held_out)[0], c.labelled, c.seed)
             actions = invert(*train_inverse_dynamics(c, processes, few), both)
             known = [(g[:len(e.actions)], e.actions)

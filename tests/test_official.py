@@ -229,7 +229,7 @@ def test_whole_official_sampler():
         words = {**tags, data.OFFICIAL_TEMPLATE.format(instruction=question): ids[1:-3]}
         sequences.words = words.__getitem__
         codes = vqgan.encode(data.to_float(frame[None]) * 2 - 1)
-        tokens, kinds, valid = sequences.prompts([question], LATENT, codes, length=391)
+        tokens, kinds, valid = sequences.prompts([question], LATENT, codes, multiple=391)
         assert torch.equal(tokens, batch["input_ids"])
         assert torch.equal(valid, batch["attention_mask"].bool())
         assert torch.equal(kinds == VISION, batch["vision_masks"])

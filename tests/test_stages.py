@@ -222,7 +222,7 @@ REFUSALS = [
     (f"{FINETUNE} --init_from DIR/none --out OUT", "--init_from DIR/none"),
     (f"{FINETUNE} --init_from DIR/laq --out OUT", "--init_from DIR/laq"),
     (f"{FINETUNE} --init_from DIR/action --out OUT --data BAD/table", "width 3"),
-    (f"{FINETUNE} --init_from DIR/base --out OUT --data DIR/scenes", "field actions"),
+    (f"{FINETUNE} --init_from DIR/base --out OUT --data DIR/scenes", "only 0 episodes"),
     (f"{FINETUNE} --init_from DIR/base --out OUT --labelled 99", "--labelled 99"),
     ("evaluate.py --policies A=expert,B=DIR/none --out OUT", "DIR/none"),
     ("evaluate.py --policies A=DIR/latent --out OUT", "DIR/latent"),
@@ -264,9 +264,18 @@ def test_what_is_resumed_is_the_same_run(runs, inside, capsys, name, option, val
 
 
 def test_a_preset_uses_what_labelled_episodes_there_are(runs, inside, capsys, tmp_path):
-    line = COMMANDS["SCRATCH"].replace("DIR", str(runs[0])).replace("--labelled 6 ", "")
-    assert inside(*line.split(), "--out", tmp_path) == 0  # the preset asks for 100, 10 are left
-    assert "\n10 labelled episodes" in capsys.readouterr().out
+    mixed = shutil.copytree(runs[0] / "table", tmp_path / "mixed")
+    rows = [json.loads(x) for x in (mixed / "episodes.jsonl").read_text().splitlines()]
+    for row in rows[::2]:
+        del row["actions"]
+    (mixed / "episodes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    left = [e for e in data.open_dataset(mixed, 64).split(2)[0] if e.actions is not None]
+    line = COMMANDS["SCRATCH"].replace("DIR", str(runs[0])).replace("--labelled 6 ", "").split()
+    line += ["--data", mixed, "--out", tmp_path / "run"]
+    assert inside(*line) == 0 and 4 <= len(left) <= 6  # the preset asks for 100
+    assert f"\n{len(left)} labelled episodes" in capsys.readouterr().out
+    assert inside(*line, "--labelled", 7) == 2
+    assert f"only {len(left)} episodes with actions" in capsys.readouterr().err
 
 
 def test_errors_end_a_process_with_code_2_and_one_line(start, tmp_path):
