@@ -41,8 +41,8 @@ class EvaluateConfig:
 # ------------------------------------------------------------------------ policies
 class Policy:
     """A VLA as a function: images uint8 [B, H, W, 3] and instructions -> actions [B, A], or latent
-    actions, int [B, K], where it has not been finetuned.  compiled: for control loops, which
-    compile anew for another number of images or of 16 tokens begun"""
+    actions, int [B, K], where it has not been finetuned.  compiled: for control loops; compiles
+    anew for another number of images, or of the prompt's tokens in steps of 16"""
 
     def __init__(self, path, option="policies", stages=("finetune",), bf16=False, compiled=False):
         weights, meta = common.load_checkpoint(path, option, stages)

@@ -561,9 +561,9 @@ class VLA(nn.Module):
 
     def compile_decode(self):
         """For control loops: CUDA graphs on GPUs, else C++ (fused where a product has one row)"""
-        self.decode = torch.compile(self.decode, dynamic=False, options={
-            "triton.cudagraphs": True} if self.norm.weight.is_cuda else {
-            "cpp_wrapper": True, "post_grad_fusion_options": {"decompose_mm_pass": {}}})
+        on_cpu = {"cpp_wrapper": True, "post_grad_fusion_options": {"decompose_mm_pass": {}}}
+        options = {"triton.cudagraphs": True} if self.norm.weight.is_cuda else on_cpu
+        self.decode = torch.compile(self.decode, dynamic=False, options=options)
 
     @torch.inference_mode()
     def generate(self, tokens, kinds, images, valid, kind, count, official_eos=False):
