@@ -4,6 +4,8 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import errno
+import fcntl
 import hashlib
 import inspect
 import json
@@ -34,6 +36,10 @@ from tqdm import tqdm
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process needs none
 warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # our blocks write into no view
 
+for stream in (sys.stdout, sys.stderr):  # words that a terminal cannot show must not end a run
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="backslashreplace")
+
 def fail(message):
     """Refuse bad input: one clear line and exit code 2."""
     for bar in list(getattr(tqdm, "_instances", ())):  # else they are drawn anew below it
@@ -47,7 +53,33 @@ def refuse(what, kinds=(ValueError, OSError, TypeError)):
     try:
         yield
     except kinds as error:
-        fail(f"{what}: {error}".partition("\n")[0])
+        fail(f"{what}: {cause(error)}".partition("\n")[0])
+
+def cause(error):
+    """What an error says.  Of one that hides the operating system's (a full disk), what that says;
+    of a checkpoint's, what the first process says that failed."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    inner = error
+    while inner is not None:
+        if isinstance(inner, OSError) and inner.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            return inner.strerror
+        inner = inner.__cause__ or inner.__context__
+    return error
+
+def to_json(value, indent=None):
+    """JSON of plain values; numbers that JSON does not have (NaN, infinity) become null"""
+    def finite(value):
+        if isinstance(value, dict):
+            return {key: finite(inner) for key, inner in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [finite(inner) for inner in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.dumps(finite(value), indent=indent, allow_nan=False)
+
+def is_main_process():
+    """Whether this is the only process, or the first of several that torchrun started"""
+    return int(os.environ.get("RANK", 0)) == 0
 
 # ------------------------------------------------------------------------ command line
 def option_help(cls):
@@ -131,6 +163,8 @@ class TrainConfig:
 
 MAY_CHANGE = {f.name for f in dataclasses.fields(TrainConfig)} - {  # in a run that is resumed
     "where", "held_out", "batch", "seed"}
+# Files and folders are compared by what they hold (see Run, identity), not by how they are spelled.
+PATH_OPTIONS = {"laq", "latents", "init_from", "vqgan", "labelled_data"}
 
 # ------------------------------------------------------------------------ processes
 class Processes:
@@ -174,6 +208,8 @@ class Processes:
         """Put a model on this process's device.  Among several processes each of its `blocks`, and
         what is left, are sharded (FSDP2; on GPUs c.bf16 gathers them in bfloat16), but for the
         parameters `whole`.  A model on the meta device begins with its init_weights."""
+        if c.compile:
+            check_compiler(self.device, "--compile")
         for block in blocks:
             if c.checkpointing:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False,
@@ -225,6 +261,16 @@ class Processes:
         """Dictionary of numbers -> their mean over ranks"""
         row = torch.tensor([list(values.values())], dtype=torch.float64, device=self.device)
         return dict(zip(values, self.gather(row).mean(0).tolist()))
+
+def check_compiler(device, option):
+    """Refuse torch.compile in one line where it does not work, for want of a C++ compiler, say"""
+    def add_one(x):
+        return x + 1
+    try:
+        torch.compile(add_one)(torch.zeros(2, device=device))
+    except Exception as error:  # each backend has its own
+        said = [line for line in str(error).splitlines() if line.strip()]
+        fail(f"{option}: torch.compile does not work on this machine: {said[0] if said else error}")
 
 def make_optimizer(groups, kind=torch.optim.AdamW, **settings):
     """Optimizer over groups [{"params": [...], "lr": ..}]; each parameter lands in exactly one."""
@@ -319,7 +365,7 @@ def atomically(path, tag=None, durable=False):
 
 def write_atomically(path, text, durable=False):
     with refuse(f"{path}: not written"), atomically(path, durable=durable) as draft:
-        draft.write_text(text)
+        draft.write_text(text, encoding="utf-8")
 
 def save_weights(folder, tensors, shard=2 << 30):
     """Write (name, tensor) pairs to folder/model.safetensors or, where they take more than `shard`
@@ -340,7 +386,7 @@ def save_weights(folder, tensors, shard=2 << 30):
     if len(parts) > 1:
         index = {"metadata": {"total_size": sum(p.stat().st_size for p in folder.glob("part*"))},
                  "weight_map": {name: final[i] for i, part in enumerate(parts) for name in part}}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+        (folder / "model.safetensors.index.json").write_text(to_json(index, 1), encoding="utf-8")
     for i, name in enumerate(final if len(parts) > 1 else ["model.safetensors"][:len(parts)]):
         os.replace(folder / f"part{i}", folder / name)
 
@@ -348,7 +394,7 @@ def weight_files(folder):
     """The safetensors files of a checkpoint's folder, one or several"""
     index, names = Path(folder) / "model.safetensors.index.json", ["model.safetensors"]
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     return [Path(folder) / name for name in names]
 
 def write_checkpoint(folder, tensors, meta, files):
@@ -358,7 +404,7 @@ def write_checkpoint(folder, tensors, meta, files):
     save_weights(folder, tensors)
     for name, content in files.items():
         if isinstance(content, str):
-            (folder / name).write_text(content)
+            (folder / name).write_text(content, encoding="utf-8")
         elif isinstance(content, Path):
             try:
                 os.link(os.path.realpath(content), folder / name)
@@ -366,13 +412,13 @@ def write_checkpoint(folder, tensors, meta, files):
                 shutil.copyfile(content, folder / name)
         else:
             save_file({n: tensor.contiguous() for n, tensor in content}, folder / name)
-    (folder / "config.json").write_text(json.dumps(meta, indent=1))
+    (folder / "config.json").write_text(to_json(meta, 1), encoding="utf-8")
 
 def latest(path):
     """A run's folder -> its newest checkpoint's; any other path as it is"""
     path = Path(path)
     mark = path / "latest"
-    return path / mark.read_text().strip() if mark.is_file() else path
+    return path / mark.read_text(encoding="utf-8").strip() if mark.is_file() else path
 
 def open_checkpoint(path, option, stages):
     """A run's folder or a checkpoint's own -> the checkpoint's, and meta (config.json).  Refuses,
@@ -381,7 +427,7 @@ def open_checkpoint(path, option, stages):
     if not (path / "config.json").is_file() or not all(f.is_file() for f in weight_files(path)):
         fail(f"--{option} {path}: no checkpoint there (expected config.json and model.safetensors)")
     with refuse(f"--{option} {path}: unreadable checkpoint"):
-        meta = json.loads((path / "config.json").read_text())
+        meta = json.loads((path / "config.json").read_text(encoding="utf-8"))
         if not isinstance(meta, dict) or not {"stage", "model", "step"} <= meta.keys():
             raise ValueError("config.json lacks stage, model or step")
     if meta["stage"] not in stages:
@@ -404,6 +450,17 @@ def fingerprint(path):
                 digest.update(block)
     return digest.hexdigest()[:12]
 
+def lock_run(out):
+    """Open a run folder's log for this process alone, until it is closed or the process ends.
+    Refuses a folder that another run writes into."""
+    log = open(out / "metrics.jsonl", "a+", encoding="utf-8")
+    try:
+        fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:  # some file systems have no locks
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            fail(f"--out {out}: another run is writing into this folder")
+    return log
+
 class Run:
     """The output folder of a stage: metrics.jsonl, a progress bar, checkpoints, resuming (for which
     `shape`, the network's config, `identity`, marks of files, and options must agree).  Order of
@@ -414,28 +471,46 @@ class Run:
         self.meta = {"stage": stage, "model": shape.__dict__, "identity": identity,
                      "options": config.__dict__}
         self.start, self.found, self.numbers, self.signals = 0, None, {}, []
+        if processes.main:
+            with refuse(f"--out {self.out}"):
+                self.out.mkdir(parents=True, exist_ok=True)
+                self.log = lock_run(self.out)
         if (self.out / "latest").is_file():
             self.found, meta = open_checkpoint(self.out, "out", (stage,))
             self.start = meta["step"]
             if not config.resume:
                 fail(f"--out {self.out} already holds a checkpoint of step {self.start}: pass "
                      "--resume true to continue it, or another --out")
-            mine, theirs = (m["options"] | m["model"] | m["identity"] for m in (self.meta, meta))
-            for key in sorted(mine.keys() & theirs.keys() - MAY_CHANGE):
-                if mine[key] != theirs[key]:
-                    fail(f"--out {self.out} was made with {key} = {theirs[key]}, this run has "
-                         f"{mine[key]}: remove it or pass another --out")
+            self.refuse_another_run(meta)
             if self.start > config.steps:
                 fail(f"--steps {config.steps}: --out {self.out} has done {self.start} already")
         processes.barrier()
         if processes.main:
-            with refuse(f"--out {self.out}"):
-                self.out.mkdir(parents=True, exist_ok=True)
-            self.log = self.out / "metrics.jsonl"
-            lines = self.log.read_text().splitlines() if self.log.is_file() and self.start else []
-            done = lambda line: line.endswith("}") and json.loads(line)["step"] <= self.start
-            self.log.write_text("".join(line + "\n" for line in filter(done, lines)))
+            self.forget_unsaved_steps()
         self.began = time.time()
+
+    def refuse_another_run(self, theirs):
+        """What is continued has to be the same run: same network, data, files and options"""
+        pairs = [(self.meta["identity"], theirs["identity"])]
+        pairs.append([{key: value for key, value in (meta["options"] | meta["model"]).items()
+                       if key not in MAY_CHANGE | PATH_OPTIONS} for meta in (self.meta, theirs)])
+        for ours, found in pairs:
+            for key in sorted(ours.keys() & found.keys()):
+                if ours[key] != found[key]:
+                    fail(f"--out {self.out} was made with {key} = {found[key]}, this run has "
+                         f"{ours[key]}: remove it or pass another --out")
+
+    def forget_unsaved_steps(self):
+        """Drop the log's rows after the checkpoint that is continued, and a torn last line"""
+        self.log.seek(0)
+        kept = []
+        for line in self.log.read().splitlines() if self.start else []:
+            if line.endswith("}") and json.loads(line)["step"] <= self.start:
+                kept.append(line + "\n")
+        with refuse(f"{self.log.name}: not written"):
+            self.log.truncate(0)
+            self.log.writelines(kept)
+            self.log.flush()
 
     def restore(self, model, optimizer, meta, files, ids, export=None):
         """Train this model, from a checkpoint found on.  ids(step): what this process reads then;
@@ -529,14 +604,16 @@ class Run:
         self.bar.set_postfix({**self.numbers, f"{self.unit}/s": rate}, refresh=False)
         row = {"step": step, **self.numbers, f"{self.unit}_per_s": rate,
                "seconds": round(now - self.began, 1)}
-        with refuse(f"{self.log}: not written"), open(self.log, "a") as log:
-            log.write(json.dumps(row) + "\n")
+        with refuse(f"{self.log.name}: not written"):
+            self.log.write(to_json(row) + "\n")
+            self.log.flush()
 
     def finish(self, summary=None, files=()):
         """Write summary.json (default: the last numbers), the mark of a finished stage"""
         if self.processes.main:
             summary = {"seconds": round(time.time() - self.began, 1), **(summary or self.numbers)}
-            write_atomically(self.out / "summary.json", json.dumps(summary, indent=1) + "\n")
+            write_atomically(self.out / "summary.json", to_json(summary, 1) + "\n")
+            self.log.close()
             files = [f"{latest(self.out)}/", *files, self.out / "summary.json"]
             print("wrote", ", ".join(map(str, files)))
         self.processes.close()

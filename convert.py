@@ -1,7 +1,7 @@
 """Official files -> checkpoints that every stage here reads, and back to Hugging Face's layout.
 
     python convert.py params vqgan tokenizer.model lwm/       LWM-Chat-1M or LAPA-7B (JAX)
-    python convert.py laq_openx.pt laq/                       LAPA's latent action quantizer
+    python convert.py laq_openx.pt laq/ --code_len 4          LAPA's latent action quantizer
     python convert.py LWM-Text-Chat-1M/ text/                 a text model in Hugging Face's layout
     python convert.py lapa/ hf/ --to hf                       the text part of a VLA, the other way
 
@@ -40,7 +40,8 @@ class ConvertConfig:
     heads: int = 0  # of a VLA whose files do not tell; 0: width / 128
     rope_theta: float = 5e7  # of a VLA whose files do not tell
     rounded_rope: bool = True  # of a params stream: rotary tables as in official bf16 training
-    image_size: int = 0  # pixels; 0: 256, or of a LAQ eight patches a side
+    image_size: int = 0  # pixels; 0: 256, or of a LAQ what its number of codes needs
+    code_len: int = 0  # of a LAQ whose file fits several numbers of codes; 0: the file tells
     window: float = 0.6  # LAQ: seconds between the frames it was trained on (not in the file)
 
 def rename(name, table):
@@ -250,7 +251,7 @@ def from_hugging(path, c):
     source = {name: entry for name, entry in safetensors_source(path).items()
               if not name.endswith("rotary_emb.inv_freq")}  # a buffer of old exports
     settings = path / "config.json"
-    settings = json.loads(settings.read_text()) if settings.is_file() else {}
+    settings = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
     settings |= settings.get("rope_parameters") or {}  # since transformers 5
     known = {ours: settings[HUGGING_SETTINGS[ours]] for ours in ("heads", "rms_eps", "rope_theta")
              if HUGGING_SETTINGS[ours] in settings}
@@ -361,10 +362,36 @@ LAQ_KEYS = (  # ours -> official
     (r"^quantizer\.codebook$", "vq.codebooks"), (r"^quantizer\.cnn\.", "vq.cnn_encoder."),
     (r"^quantizer\.", "vq."))
 
-def from_laq(path, c):
-    """Official LAQ file (with or without the `module.` prefix) -> its shape, and matched tensors.
+def code_layout(source, patch, c):
+    """How many codes a LAQ makes of how many patches a side -> code_len, grid.
 
-    --image_size defaults to the 8 patches a side that codes of length 1, 2 and 4 need."""
+    The kernel of its second convolution tells 1 and 2 codes from others.  A 3x3 one makes 4 codes
+    of 8 patches a side or 16 of 16, and where there is no second one the patches alone decide: then
+    --code_len or --image_size has to say."""
+    kernel = source.get("vq.cnn_encoder.2.weight", ((),))[0][2:]
+    usual = {(4, 4): {1: 8}, (3, 4): {2: 8}, (3, 3): {4: 8, 16: 16}, (): {64: 16, 256: 32}}
+    if kernel not in usual:
+        raise ValueError(f"wrong shape: vq.cnn_encoder.2.weight has kernel {kernel}")
+    grids = usual[kernel]  # of each code_len
+    if c.image_size:
+        grid = c.image_size // patch
+        code_len = {(3, 3): math.ceil(grid / 4) ** 2, (): math.ceil(grid / 2) ** 2}.get(
+            kernel, next(iter(grids)))
+        if c.code_len and c.code_len != code_len:
+            raise ValueError(f"its tensors make {code_len} codes of {c.image_size} pixels, not "
+                             f"--code_len {c.code_len}")
+        return code_len, grid
+    if not c.code_len and len(grids) > 1:
+        choices = " or ".join(f"{n} codes of {grid * patch} pixels" for n, grid in grids.items())
+        raise ValueError(f"its tensors fit {choices}: pass --code_len or --image_size")
+    code_len = c.code_len or next(iter(grids))
+    if code_len not in grids:
+        raise ValueError(f"its tensors do not make --code_len {code_len}, but "
+                         + " or ".join(map(str, grids)) + " (else pass --image_size)")
+    return code_len, grids[code_len]
+
+def from_laq(path, c):
+    """Official LAQ file (with or without the `module.` prefix) -> its shape, and matched tensors"""
     state = {name.removeprefix("module."): t for name, t in read_torch(path).items()}
     beta = {name: t for name, t in state.items() if name.endswith(".beta")}  # zero buffers
     source = {name: (tuple(t.shape), t.float) for name, t in state.items() if name not in beta
@@ -377,17 +404,9 @@ def from_laq(path, c):
     found = sizes(LAQ, LAQConfig(patch_size=32, **depths, **marks), source, official,
                   marks | {"patch_size": 3 * 32**2})
     patch = found["patch_size"] = math.isqrt(found["patch_size"] // 3)
-    grid = c.image_size // patch or 8
-    if count(source, r"vq\.cnn_encoder\.(2)\."):  # a second convolution
-        kernel = source.get("vq.cnn_encoder.2.weight", ((),))[0][2:]
-        code_len = {(4, 4): 1, (3, 4): 2}.get(kernel, math.ceil(grid / 4) ** 2)
-    elif c.image_size:
-        code_len = math.ceil(grid / 2) ** 2
-    else:
-        raise ValueError("pass --image_size: the tensors of so long a code do not tell it")
+    code_len, grid = code_layout(source, patch, c)
     config = LAQConfig(image_size=c.image_size or grid * patch, code_len=code_len,
                        official_peg=True, official_code_read=True, **depths, **found)
-    print(f"{path}: {code_len} codes for {config.image_size} pixels (or pass --image_size)")
     source["vq.uses"] = (config.codebook_size,), partial(torch.zeros, config.codebook_size)  # ours
     pairs = matched(LAQ, config, source, official)
     problems = common.differences(
@@ -443,7 +462,7 @@ def kind_of(path):
 
 def read_edges(path):
     """Official csv of bin edges: one row a dimension, columns 0..n, short rows end early"""
-    head, *rows = path.read_text().splitlines()
+    head, *rows = path.read_text(encoding="utf-8-sig").splitlines()
     edges = [[float(cell) for cell in row.split(",")[head.startswith(","):] if cell]
              for row in rows]  # a nameless first column numbers the rows
     for i, row in enumerate(edges):

@@ -6,8 +6,8 @@
 
 A dataset is a folder with `episodes.jsonl`, one episode a line:
     id           unique name                      instruction  what the robot or person was told
-    video        a video file, a folder of images, or a .npy uint8 [T, H, W, 3]; path inside DATASET
-    fps          frames a second (a video file may leave it out)
+    video        a film, a folder of pictures, or a .npy uint8 [T, H, W, 3]; path inside DATASET
+    fps          frames per second (a film may leave it out)
     frames       optional T, checked              actions      optional .npy float [T-1 or T, A]
     captions     optional list of T strings       others       carried along, for `--where a=b`"""
 
@@ -15,32 +15,26 @@ import hashlib
 import json
 import os
 import re
-import shutil
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib import import_module
 from pathlib import Path
 from statistics import mode
-from tempfile import TemporaryFile
-from threading import Lock
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
 
 import tabletop
-from common import atomically, fail, latest, load_strictly, parse_options, refuse
+import video
+from common import (atomically, fail, is_main_process, latest, load_strictly, parse_options, refuse,
+                    to_json)
 from model import ACTION, END_OF_IMAGE, LATENT, TEXT, VISION, VQGAN, VQGANConfig
-
-LOADING = Lock()  # CPython 3.11 parses .npy headers wrongly when several threads do it at once
-FFMPEG_HINT = "ffmpeg is not installed (apt install ffmpeg, or pip install imageio-ffmpeg)"
+from video import official_resize, resize
 
 # ------------------------------------------------------------------------ episodes
 @dataclass
@@ -53,7 +47,7 @@ class Episode:
     info: dict
     frames: np.ndarray = None
     actions: np.ndarray = None
-    key: str = ""  # of the frames in the cache
+    key: str = ""  # of the frames in the packed cache
     codes: np.ndarray = None  # uint16 [T, N] of a VQGAN, where the model reads those
 
 @dataclass
@@ -91,20 +85,23 @@ def open_dataset(path, size, where="", actions_needed=False, official=False):
     path = Path(path)
     index = path / "episodes.jsonl"
     rows, problems = _read_rows(index)
-    conditions = [part.partition("=") for part in where.split(",") if part]
-    if not all(name and value for name, _, value in conditions):
-        fail(f"--where {where!r}: expected name=value, comma separated")
-    rows = [r for r in rows if all(str(r.get(name)) == value for name, _, value in conditions)]
-    if not rows and not problems:
-        fail(f"{index}: no episode" + (f" with {where}" if where else ""))
-
-    load = lambda row: _load_episode(path, row, size, actions_needed, official)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        loaded = list(tqdm(pool.map(load, rows), total=len(rows), desc=f"frames of {path.name}",
-                           disable=len(rows) < 2, leave=False, mininterval=0.5))
-    problems += [f"{index}: episode {row['id']!r}: field {text}"
-                 for row, (_, bad) in zip(rows, loaded) for text in bad]
-    episodes = [episode for episode, _ in loaded if episode is not None]
+    rows = matching(rows, where, index, problems)
+    pack = video.Pack(video.cache_file(f"frames_{size}" + "_official" * official, path),
+                      (size, size, 3), "uint8")
+    try:
+        sources, missing = _look_at_videos(path, rows)
+        undecodable = video.fill_cache(pack, list(sources.values()),
+                                       official_resize if official else resize, path.name)
+        episodes = []
+        for row in rows:
+            source = sources.get(row["id"])
+            bad = missing.get(row["id"]) or source and undecodable.get(source.key)
+            episode, defects = _load_episode(path, row, pack, source, bad, actions_needed)
+            problems += [f"{index}: episode {row['id']!r}: field {text}" for text in defects]
+            episodes.append(episode)
+    except video.MachineFault as fault:
+        fail(fault)
+    episodes = [episode for episode in episodes if episode is not None]
     widths = {e.id: e.actions.shape[1] for e in episodes if e.actions is not None}
     usual = mode(widths.values()) if widths else None
     problems += [f"{index}: episode {name!r}: field actions: width {width}, {usual} in most other "
@@ -112,7 +109,36 @@ def open_dataset(path, size, where="", actions_needed=False, official=False):
     if problems:
         shown = "\n  ".join(problems)
         fail(f"{len(problems)} defects in {path}\n  {shown}" if problems[1:] else shown)
+    if is_main_process():
+        video.say_resampled(path, {e.id: pack.entries[e.key] for e in episodes})
     return Dataset(path, hashlib.sha256(index.read_bytes()).hexdigest()[:12], episodes)
+
+def matching(rows, where, index, problems=()):
+    """The rows that fulfil `where`: "name=value,name=value", values compared as JSON (true, null, 5
+    equals 5.0) or, where they are no JSON, as text.  Refuses a condition that no row fulfils."""
+    conditions = []
+    for part in re.split(r",(?=[^,=]+=)", where) if where else ():
+        name, equals, text = part.partition("=")
+        if not (name and equals and text):
+            fail(f"--where {where!r}: expected name=value, comma separated")
+        conditions.append((name, text))
+    kept = [row for row in rows
+            if all(name in row and _same(row[name], text) for name, text in conditions)]
+    if not kept and not problems:
+        unknown = [name for name, _ in conditions if not any(name in row for row in rows)]
+        fail(f"{index}: no episode" + (f" with {where}" if where else "")
+             + (f" (none has a field {unknown[0]!r})" if rows and unknown else ""))
+    return kept
+
+def _same(value, text):
+    """Whether a JSON value is what the text says: numbers by value, True as true"""
+    try:
+        wanted = json.loads(text)
+    except ValueError:
+        wanted = text
+    if type(value) in (int, float) and type(wanted) in (int, float):
+        return value == wanted
+    return type(value) is type(wanted) and value == wanted or str(value) == text
 
 def _read_rows(index):
     """-> rows that are JSON objects, and the defects that need no decoding"""
@@ -137,51 +163,74 @@ def _read_rows(index):
     return list(rows.values()), problems
 
 def _inside(root, text):
-    """A path of the dataset, as episodes.jsonl gives it: relative, and never out of it"""
+    """A path of the dataset, as episodes.jsonl gives it: relative, and never out of it.  File names
+    on disk are UTF-8 whatever the locale."""
     if not isinstance(text, str) or not text or os.path.isabs(text) or ".." in Path(text).parts:
         raise ValueError("expected a path inside the dataset")
-    return root / text
+    return root / os.fsdecode(text.encode("utf-8", "surrogatepass"))
 
-def _load_episode(root, row, size, actions_needed, official):
-    """-> Episode (None where it has defects), and "field: text" of each defect"""
-    video, instruction, fps, captions = map(row.get, ("video", "instruction", "fps", "captions"))
-    frames = key = actions = T = None
-    bad = []
-    try:
-        path = _inside(root, video)
-        frames, key = cached_frames(path, size, official)
+def _look_at_videos(root, rows):
+    """-> {id: video.Source} of the videos that are there, {id: what is wrong} of the others"""
+    sources, missing = {}, {}
+    for row in rows:
+        fps = row.get("fps")
+        try:
+            path = _inside(root, row.get("video"))
+            sources[row["id"]] = video.open_source(path, fps if _is_rate(fps) else None)
+        except OSError as error:
+            video.refuse_machine_faults(error, path)
+            missing[row["id"]] = video.reason(error)
+        except ValueError as error:
+            missing[row["id"]] = video.reason(error)
+    return sources, missing
+
+def _is_rate(fps):
+    return type(fps) in (int, float) and 0 < fps < 2**63
+
+def _load_episode(root, row, pack, source, bad_video, actions_needed):
+    """-> Episode (None where it has defects), and "field: text" of each defect.
+
+    bad_video: what is wrong with the video, if anything; what follows from it is not said"""
+    instruction, fps, captions = row.get("instruction"), row.get("fps"), row.get("captions")
+    bad, frames, actions, T, entry = [], None, None, None, {}
+    if bad_video:
+        bad.append(f"video: {row.get('video')!r} cannot be read: {bad_video}")
+    else:
+        entry, frames = pack.entries[source.key], pack.rows(source.key)
         T = len(frames)
-        if fps is None and path.is_file() and path.suffix != ".npy":
-            fps = _probe_fps(path)
-    except Exception as error:  # a decoder may raise anything
-        bad.append(f"video: {video!r} cannot be decoded: {type(error).__name__}: {error}")
+        if fps is None or "gaps" in entry:
+            fps = entry.get("fps")
     if row.get("actions") is not None:
         try:
-            actions = _load_actions(_inside(root, row["actions"]), T)
+            path = _inside(root, row["actions"])
+            actions = _load_actions(path, T)
         except Exception as error:
+            if isinstance(error, OSError):
+                video.refuse_machine_faults(error, path)
             bad.append(f"actions: expected numbers [T-1 or T, A] in {row['actions']!r}: "
-                       f"{type(error).__name__}: {error}")
+                       f"{video.reason(error)}{video.how_resampled(entry)}")
     elif actions_needed:
         bad.append("actions: missing, and this stage needs labelled episodes")
-    wanted = (
-        (isinstance(instruction, str) and instruction.strip(),
-         f"instruction: expected words, found {instruction!r}"),
-        (type(fps) in (int, float) and 0 < fps < 2**63,
-         f"fps: expected frames a second, found {fps!r}"),
-        (T is None or T > 1, f"video: {video} holds {T} frame, expected at least 2"),
-        (T is None or row.get("frames", T) == T,
-         f"frames: says {row.get('frames')!r}, but {video} holds {T}"),
-        (T is None or captions is None or
-         isinstance(captions, list) and [type(c) for c in captions] == [str] * T,
-         f"captions: expected a list of {T} strings"))
-    bad += [text for good, text in wanted if not good]
+    if not isinstance(instruction, str) or not instruction.strip():
+        bad.append(f"instruction: expected words, found {instruction!r}")
+    if not _is_rate(fps) and not (fps is None and bad_video):
+        bad.append(f"fps: expected frames per second, found {fps!r}"
+                   + ", and the video does not say" * (not bad_video and row.get("fps") is None))
+    if T is not None and T < 2:
+        bad.append(f"video: {row['video']} holds {T} frame, expected at least 2")
+    if T is not None and row.get("frames", T) != T:
+        bad.append(f"frames: says {row.get('frames')!r}, but {row['video']} holds "
+                   f"{T}{video.how_resampled(entry)}")
+    if T is not None and captions is not None and not (
+            isinstance(captions, list) and [type(c) for c in captions] == [str] * T):
+        bad.append(f"captions: expected a list of {T} strings{video.how_resampled(entry)}")
     if bad:
         return None, bad
-    return Episode(row["id"], instruction.strip(), float(fps), row, frames, actions, key), bad
+    episode = Episode(row["id"], instruction.strip(), float(fps), row, frames, actions, source.key)
+    return episode, bad
 
 def _load_actions(path, T):
-    with LOADING:
-        actions = np.load(path).astype(np.float32, casting="same_kind")
+    actions = np.load(path).astype(np.float32, casting="same_kind")
     if actions.ndim != 2 or actions.shape[1] == 0 or T and len(actions) not in (T - 1, T):
         raise ValueError(f"found shape {actions.shape}, T is {T or 'unknown'}")
     broken = np.flatnonzero(~np.isfinite(actions).all(1))
@@ -190,93 +239,6 @@ def _load_actions(path, T):
     return actions
 
 # ------------------------------------------------------------------------ frames and their codes
-def cached_frames(video, size, official=False):
-    """Frames of one video at size x size as a memory-mapped uint8 array [T, size, size, 3], and a
-    key that is its own in the cache.
-
-    Decoded once into $LAPA_CACHE (default .cache here), one file an episode, which appears whole:
-    killed runs and two processes do no harm.  Raises what its decoder does."""
-    parts, source = [video], _decode(video)  # which runs only once it is read from
-    if video.is_dir():  # its pictures in natural order: img_2 before img_10
-        natural = lambda p: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", p.name)]
-        pictures = (p for p in video.iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
-        parts = sorted(pictures, key=natural)
-        source = (np.asarray(Image.open(p).convert("RGB")) for p in parts)
-    stamps = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in parts]
-    key = hashlib.sha256(repr((str(video.resolve()), stamps)).encode()).hexdigest()[:24]
-    if video.suffix == ".npy":
-        with LOADING:
-            source = np.load(video, mmap_mode="r")
-        if source.dtype != np.uint8 or source.ndim != 4 or source.shape[3] != 3:
-            raise ValueError(f"{source.dtype} {source.shape}, expected uint8 (T, H, W, 3)")
-        if source.shape[1:3] == (size, size):
-            return source, key
-    cached = _cache(f"frames_{size}" + "_official" * official, key)
-    if not cached.is_file():
-        frames = [(official_resize if official else resize)(frame, size) for frame in source]
-        with atomically(cached) as draft:
-            np.save(draft, np.array(frames, np.uint8).reshape(-1, size, size, 3))
-    with LOADING:
-        return np.load(cached, mmap_mode="r"), key
-
-def _cache(kind, key):
-    return Path(os.environ.get("LAPA_CACHE", ".cache")) / kind / f"{key}.npy"
-
-def resize(frame, size):
-    """uint8 [H, W, 3] -> [size, size, 3]: PIL bilinear, antialiased (official LAQ preprocessing)"""
-    return np.asarray(Image.fromarray(frame).resize((size, size), Image.BILINEAR))
-
-def official_resize(frame, size):
-    """uint8 [H, W, 3] -> [size, size, 3]: the longest side to `size`, then to the square, each as
-    OpenCV's bilinear resize does, to the bit (official VLA preprocessing; no antialiasing)"""
-    def taps(source, goal):  # two neighbours and their weights, in units of 1/2048
-        place = ((np.arange(goal) + 0.5) * (source / goal) - 0.5).astype(np.float32)
-        at, share = np.floor(place).astype(int), np.rint(place % 1 * 2048).astype(int)
-        return at.clip(0, source - 1), (at + 1).clip(0, source - 1), 2048 - share, share
-    scale = size / max(frame.shape[:2])
-    for height, width in ([max(1, round(n * scale)) for n in frame.shape[:2]], (size, size)):
-        a, b, u, v = taps(frame.shape[1], width)
-        x = frame[:, a] * u[:, None] + frame[:, b] * v[:, None]
-        a, b, u, v = taps(frame.shape[0], height)
-        x = ((x[a] >> 4) * u[:, None, None] >> 16) + ((x[b] >> 4) * v[:, None, None] >> 16)
-        frame = ((x + 2) >> 2).astype(np.uint8)
-    return frame
-
-@lru_cache
-def _ffmpeg():
-    """-> ffmpeg, and its option that hands every frame over once; versions before 5.1 differ"""
-    try:
-        program = shutil.which("ffmpeg") or import_module("imageio_ffmpeg").get_ffmpeg_exe()
-    except (ImportError, RuntimeError):
-        raise ValueError(FFMPEG_HINT) from None
-    known = subprocess.run([program, "-hide_banner", "-h", "long"], capture_output=True).stdout
-    return program, "-fps_mode" if b"-fps_mode" in known else "-vsync"
-
-def _decode(video):
-    """Yield the frames uint8 [H, W, 3] of a video file; ffmpeg hands them over as PPM pictures."""
-    program, each_once = _ffmpeg()
-    pictures = f"-map 0:v:0 {each_once} passthrough -f image2pipe -c:v ppm -pix_fmt rgb24 -"
-    command = [program, *"-v error -nostdin -threads 1 -i".split(), video, *pictures.split()]
-    with TemporaryFile() as said:
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said) as process:
-            pipe = process.stdout
-            while pipe.readline() == b"P6\n":
-                width, height = map(int, pipe.readline().split())
-                pipe.readline()  # 255
-                data = pipe.read(width * height * 3)
-                if len(data) < width * height * 3:
-                    break
-                yield np.frombuffer(data, np.uint8).reshape(height, width, 3)
-        said.seek(0)
-        complaint = said.read().decode(errors="replace").strip()
-    if process.returncode or complaint:
-        raise ValueError((complaint or f"ffmpeg exit code {process.returncode}").splitlines()[-1])
-
-def _probe_fps(video):
-    text = subprocess.run([_ffmpeg()[0], "-nostdin", "-i", str(video)], capture_output=True).stderr
-    found = re.search(rb"([\d.]+) fps", text)
-    return float(found[1]) if found else None
-
 def to_float(frames, device=torch.device("cpu")):
     """uint8 [.., H, W, 3] -> float32 tensor [.., 3, H, W] in [0, 1] on the device"""
     x = torch.from_numpy(np.ascontiguousarray(frames))
@@ -294,7 +256,8 @@ def load_vqgan(path, option, device, shape):
         return None
     with refuse(f"--{option} {folder}: expected a VQGAN, as convert.py puts it beside a model",
                 (KeyError, TypeError, OSError, ValueError, SafetensorError)):
-        vqgan = VQGAN(VQGANConfig(**json.loads((folder / "config.json").read_text())["vqgan"]))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        vqgan = VQGAN(VQGANConfig(**config["vqgan"]))
         vqgan.file = folder / "vqgan.safetensors"
         load_strictly(vqgan, load_file(vqgan.file))
         found = 2 ** (len(vqgan.config.multipliers) - 1), vqgan.config.codebook_size
@@ -303,20 +266,43 @@ def load_vqgan(path, option, device, shape):
                              f"{shape['vision_vocab']} for {patch}")
     return vqgan.to(device).eval()
 
-def add_codes(episodes, vqgan, processes):
-    """Give episodes the codes of their frames, uint16 [T, N] memory-mapped: made once, beside the
-    frame cache, each process its share, under the VQGAN's hash"""
+def add_codes(dataset, episodes, vqgan, processes, most=1 << 16):
+    """Give episodes of a dataset the codes of their frames, uint16 [T, N] memory-mapped: made once,
+    each process its share, and kept in a packed cache under the VQGAN's hash.  most: frames whose
+    codes are held in memory before they are written"""
     mark = hashlib.sha256(vqgan.file.read_bytes()).hexdigest()[:12]
-    path = lambda e: _cache(f"codes_{mark}_{e.frames.shape[1]}", e.key)
-    missing = [e for e in episodes[processes.rank::processes.world] if not path(e).is_file()]
-    for e in tqdm(missing, "image codes", mininterval=1.0, leave=False, disable=not processes.main):
-        codes = [vqgan.encode(to_float(np.array(e.frames[t:t + 16]), processes.device) * 2 - 1)
-                 for t in range(0, len(e.frames), 16)]
-        with atomically(path(e)) as draft:
-            np.save(draft, torch.cat(codes).cpu().numpy().astype(np.uint16))
-    processes.barrier()
-    for e in episodes:
-        e.codes = np.load(path(e), mmap_mode="r")
+    size = vqgan.config.image_size
+    patches = (size // 2 ** (len(vqgan.config.multipliers) - 1)) ** 2
+    try:
+        path = video.cache_file(f"codes_{mark}_{size}", dataset.path)
+        pack = video.Pack(path, (patches,), "uint16")
+        missing = {e.key: e for e in episodes if e.key not in pack.entries}
+        ours = list(missing.values())[processes.rank::processes.world]
+        fresh, count = {}, 0
+        for e in tqdm(ours, "image codes", mininterval=1.0, leave=False,
+                      disable=not processes.main):
+            codes = [vqgan.encode(to_float(np.array(e.frames[t:t + 16]), processes.device) * 2 - 1)
+                     for t in range(0, len(e.frames), 16)]
+            fresh[e.key] = torch.cat(codes).cpu().numpy().astype(np.uint16)
+            count += len(fresh[e.key])
+            if count > most:
+                _write_codes(pack, fresh)
+                fresh, count = {}, 0
+        _write_codes(pack, fresh)
+        processes.barrier()
+        pack.read_index()
+        for e in episodes:
+            e.codes = pack.rows(e.key)
+    except video.MachineFault as fault:
+        fail(fault)
+
+def _write_codes(pack, fresh):
+    """Append arrays {key: codes} that no other process has written meanwhile"""
+    if fresh:
+        with pack.writing():
+            for key, codes in fresh.items():
+                if key not in pack.entries:
+                    pack.append(key, [codes.tobytes()])
 
 def put_codes(tokens, kinds, codes):
     """tokens, kinds [B, L], codes [B, N] -> tokens with codes and END_OF_IMAGE where vision is"""
@@ -384,7 +370,7 @@ def save_labels(path, labels, meta):
     fingerprint, window, codebook size, dataset mark"""
     packed = {name: torch.from_numpy(rows.astype(np.uint16)) for name, rows in labels.items()}
     with refuse(f"{path}: not written", (OSError, SafetensorError)), atomically(path) as draft:
-        save_file(packed, draft, {"meta": json.dumps(meta)})
+        save_file(packed, draft, {"meta": to_json(meta)})
 
 def load_labels(path, dataset, episodes):
     """-> list of int64 [T, K], one an episode, and the labels' meta.  Refuses another dataset's."""
@@ -401,28 +387,103 @@ def load_labels(path, dataset, episodes):
             fail(f"{path}: episode {e.id!r} has {count} labels, expected {len(e.frames)}")
     return [found[e.id] for e in episodes], meta
 
-def fit_bins(actions, bins=256, binary=""):
-    """Edges of up to `bins` bins of equal count a dimension (paper 3.3), as pandas' qcut cuts them.
+FEW = 16  # an action dimension with that many distinct values at most has one bin for each of them
 
-    actions float [M, A]; quantiles of the rows, duplicate edges dropped, so fewer bins may remain.
-    A dimension listed in `binary` ("6": a gripper) has two bins with edges -0.5, 0.5, 1.5.  A
-    constant dimension keeps its one value.  -> list of A float64 arrays"""
-    grid, A, two = np.linspace(0, 1, bins + 1), actions.shape[1], binary.split(",")
+def fit_bins(actions, bins=256, binary=""):
+    """Cut every action dimension into bins (paper 3.3) -> list of A float64 arrays.
+
+    actions float [M, A].  A dimension of few values (a gripper's -1 and 1, the keys -1, 0, 1) has
+    one bin for each value and decodes to exactly that: its array lists these values, the first one
+    twice.  Any other has up to `bins` bins of equal count, and its array holds their edges: see
+    quantile_edges.  A constant dimension keeps its one value.  `binary` ("6": the gripper is
+    dimension 6) names dimensions that have two values: see binary_bins."""
+    A, two = actions.shape[1], binary.split(",")
     if binary and not {*two} <= {*map(str, range(A))}:
         fail(f"--binary {binary!r}: expected dimensions of 0 to {A - 1}, comma separated")
-    return [np.array([-0.5, 0.5, 1.5]) if str(a) in two else
-            np.unique(np.quantile(actions[:, a].astype(np.float64), grid)) for a in range(A)]
+    edges = []
+    for a in range(A):
+        column = actions[:, a].astype(np.float64)
+        values = np.unique(column)
+        if str(a) in two:
+            edges.append(binary_bins(a, values, bins))
+        elif len(values) == 1:
+            edges.append(values)
+        elif len(values) <= min(FEW, bins):
+            edges.append(bins_of_values(values))
+        else:
+            edges.append(quantile_edges(column, bins))
+    return edges
+
+def quantile_edges(column, bins):
+    """Edges of up to `bins` bins of equal count, as pandas' qcut cuts them: duplicate edges are
+    dropped, so fewer bins may remain"""
+    return np.unique(np.quantile(column.astype(np.float64), np.linspace(0, 1, bins + 1)))
+
+def bins_of_values(values):
+    """One bin for each of these values, in rising order.  Edges never repeat, so a first number
+    that stands twice marks an array of values."""
+    return np.concatenate([values[:1], values])
+
+def binary_bins(a, values, bins):
+    """Bins of dimension `a`, which --binary names, given its distinct values: the official edges,
+    which decode to 0 and 1, if there are no others or more than a few in between; one bin for each
+    of a few other values.  Refuses many values outside 0 to 1."""
+    few = len(values) <= min(FEW, bins)
+    if not few and (values[0] < 0 or values[-1] > 1):
+        fail(f"--binary {a}: dimension {a} has {len(values)} values from {values[0]:g} to "
+             f"{values[-1]:g}, expected 0 and 1 or values in between")
+    if not few or {*values} <= {0.0, 1.0}:
+        return np.array([-0.5, 0.5, 1.5])
+    return bins_of_values(values) if len(values) > 1 else values
+
+def describe_bins(edges, actions):
+    """How many bins each dimension has, and what the rows float [M, A] lose in them, in words"""
+    said = []
+    for a, e in enumerate(edges):
+        values, count = np.unique(actions[:, a].astype(np.float64)), max(1, len(e) - 1)
+        exact = from_bins(to_bins(actions, edges), edges)[:, a] == actions[:, a]
+        if exact.all():
+            said.append(f"{count} (one for each value)" if count > 1 else
+                        f"1 (always {values[0]:g})")
+        else:
+            said.append(f"{count} (for {len(values)} values)")
+    return "bins per dimension: " + ", ".join(said)
+
+def refuse_other_values(edges, actions, whose):
+    """Refuse actions float [M, A] of few values (a gripper's -1 and 1) that bins which were made
+    from other data (0 and 1) would turn into other values"""
+    decoded = from_bins(to_bins(actions, edges), edges)
+    for a in range(len(edges)):
+        values = np.unique(actions[:, a])
+        gap = np.abs(decoded[:, a] - actions[:, a]).max()
+        if len(values) <= FEW and gap > 0.1 * max(np.ptp(values), np.ptp(edges[a]), 1e-9):
+            shown = " and ".join(", ".join(f"{v:g}" for v in np.unique(rows[:, a]))
+                                 for rows in (actions, decoded))
+            fail(f"{whose}: its bins turn the values of dimension {a} into others ({shown}): scale "
+                 "them as in pretraining")
+
+def is_value_list(e):
+    """Whether a dimension's array lists the values of its bins, not their edges"""
+    return len(e) == 1 or e[0] == e[1]
 
 def to_bins(actions, edges):
     """float [.., A] -> int64 [.., A]: the bin whose left edge is the last one <= the value; values
-    outside fall into the end bins, since only the inner edges count"""
-    columns = [np.searchsorted(e[1:-1], actions[..., a], side="right") for a, e in enumerate(edges)]
+    outside fall into the end bins, since only the inner edges count.  Where an array lists values,
+    the nearest one."""
+    columns = []
+    for a, e in enumerate(edges):
+        inner = (e[1:-1] + e[2:]) / 2 if is_value_list(e) else e[1:-1]
+        columns.append(np.searchsorted(inner, actions[..., a], side="right"))
     return np.stack(columns, -1).astype(np.int64)
 
 def from_bins(indices, edges):
-    """int [.., A] -> float64 [.., A]: the middle of each bin; past the last bin counts as last"""
-    middles = [(e[1:] + e[:-1]) / 2 if len(e) > 1 else e for e in edges]
-    return np.stack([m.take(indices[..., a], mode="clip") for a, m in enumerate(middles)], -1)
+    """int [.., A] -> float64 [.., A]: the middle of each bin, or its value; past the last bin
+    counts as last"""
+    columns = []
+    for a, e in enumerate(edges):
+        decoded = e[-max(1, len(e) - 1):] if is_value_list(e) else (e[1:] + e[:-1]) / 2
+        columns.append(decoded.take(indices[..., a], mode="clip"))
+    return np.stack(columns, -1)
 
 # ------------------------------------------------------------------------ words and sequences
 PAD, BOS, EOS = 0, 1, 2
@@ -471,6 +532,7 @@ class Sequences:
                  official_cut=False):
         self.tokenizer, self.image_tokens, self.template = tokenizer, image_tokens, template
         self.length, self.official_cut = length, official_cut
+        self.said = set()  # unknown words that have been named
         self.words = lru_cache(maxsize=65536)(lambda text: tokenizer.encode(
             text, add_special_tokens=False).ids if text else [])
         with refuse("--template: expected words around {instruction}", (ValueError, LookupError)):
@@ -483,6 +545,71 @@ class Sequences:
         closing = [*self.words("</vision>"), *self.words(TAGS[kind][0])]
         return opening + [0] * self.image_tokens + closing, \
             [TEXT] * len(opening) + [VISION] * self.image_tokens + [TEXT] * len(closing)
+
+    def unknown_words(self, text):
+        """-> the words of a text that the tokenizer reads as <unk>; whether it knows any other"""
+        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        unknown, known = [], False
+        for token, (start, end) in zip(encoding.tokens, encoding.offsets):
+            word = text[start:end]
+            if token == "<unk>":
+                unknown.append(word)
+            elif re.search(r"\w", word):
+                known = True
+        return unknown, known
+
+    def check(self, episodes, answers, kind):
+        """Before training: refuse a dataset of which the tokenizer knows no word, and rows that
+        `length` leaves without an answer; say once what words are unknown and what rows are cut.
+
+        answers: of each episode an int array [T, n], or T captions"""
+        if self.length:
+            self.check_length(episodes, answers, kind)
+        self.check_words([e.instruction for e in episodes])
+
+    def check_length(self, episodes, answers, kind):
+        lost, needed, cut, first = [], 0, 0, None
+        for e, rows in zip(episodes, answers):
+            prompt = len(self.prompt(e.instruction, kind)[0])
+            if kind == TEXT:  # the end of text is part of a caption
+                counts = np.array([len(self.words(caption)) + 1 for caption in rows])
+                whole = prompt + counts
+            else:
+                counts = np.full(len(rows), rows.shape[1])
+                whole = prompt + counts + len(self.words(TAGS[kind][1])) + 1
+            needed = max(needed, whole.max() - 1)  # the first token is no target
+            if prompt > self.length:
+                lost.append(e.id)
+            elif count := int((whole > self.length + 1).sum()):
+                cut, first = cut + count, first or e.id
+        if lost:
+            more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+            fail(f"--length {self.length}: no room for an answer after the prompt of episodes "
+                 f"{', '.join(map(repr, lost[:3]))}{more} (whole rows take up to {needed} tokens)")
+        if cut and is_main_process():
+            print(f"--length {self.length} cuts the end of {cut} rows (first: episode {first!r}; "
+                  f"whole rows take up to {needed} tokens)")
+
+    def check_words(self, instructions):
+        """Say once which words the tokenizer does not know; refuse where it knows none at all"""
+        unknown, any_known = {}, False
+        for text in dict.fromkeys(instructions):
+            words, known = self.unknown_words(text)
+            unknown.update(dict.fromkeys(words))
+            any_known = any_known or known
+        if not any_known:
+            text = next(iter(instructions), "")
+            if not text.strip():
+                raise ValueError("expected words")
+            raise ValueError("the tokenizer knows none of the words "
+                             + (repr(text) if len(text) < 60 else repr(text[:60]) + " ..")
+                             + " nor of any other instruction" * (len(set(instructions)) > 1))
+        fresh = [word for word in unknown if word not in self.said]
+        self.said.update(fresh)
+        if fresh and is_main_process():
+            more = f" and {len(fresh) - 10} more" if len(fresh) > 10 else ""
+            print("words that the tokenizer does not know (read as <unk>): "
+                  + ", ".join(map(repr, fresh[:10])) + more)
 
     def rows(self, instructions, answers, kind, codes=None):
         """Training rows, right-padded (with id 1, as official) and shifted by one.
@@ -525,7 +652,7 @@ class Sequences:
 
     def prompts(self, instructions, kind, codes=None, multiple=1):
         """Prompts for generation, left-padded to the longest, or more to a multiple: tokens, kinds
-        int64 [B, L], valid bool [B, L].  codes: int64 [B, N] of the images"""
+        int64 [B, L], valid bool [B, L].  codes: int64 [B, N] of the images."""
         built = [self.prompt(text, kind) for text in instructions]
         length = -(-max(len(tokens) for tokens, _ in built) // multiple) * multiple
         tokens = torch.tensor([[PAD] * (length - len(t)) + t for t, _ in built])
@@ -534,18 +661,6 @@ class Sequences:
         return tokens if codes is None else put_codes(tokens, kinds, codes), kinds, valid
 
 # ------------------------------------------------------------------------ the built-in dataset
-@dataclass
-class TabletopOptions:
-    out: str  # folder to write
-    episodes: int = 2000  # scripted episodes to record
-    embodiment: str = "robot"  # robot or human
-    look: str = "plain"  # plain or real (palette, wood grain and light drawn anew each episode)
-    tasks: str = "all"  # all, seen or unseen instructions (each episode says which it is)
-    noise: float = 0.1  # standard deviation added to the expert's actions, so that videos vary
-    scenes: int = 0  # instead of episodes: that many still scenes of both embodiments, captioned
-    size: int = 64  # pixels
-    seed: int = 0
-
 def make_tabletop(options):
     """Write the built-in dataset: whole, or not at all."""
     out = Path(options.out)
@@ -556,7 +671,8 @@ def make_tabletop(options):
             (draft / name).mkdir(parents=True)
         rows = list(tabletop.scenes(options, draft, (TAGS[LATENT], TAGS[ACTION]))
                     if options.scenes else tabletop.record(options, draft))
-        (draft / "episodes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        lines = "".join(to_json(row) + "\n" for row in rows)
+        (draft / "episodes.jsonl").write_text(lines, encoding="utf-8")
         train_tokenizer(tabletop.vocabulary()).save(str(draft / "tokenizer.json"))
     videos = {row["video"]: row["frames"] for row in rows}
     print(f"wrote {out}: {len(rows)} episodes, {sum(videos.values())} frames")
@@ -564,7 +680,7 @@ def make_tabletop(options):
 if __name__ == "__main__":
     command, rest = sys.argv[1:2], sys.argv[2:]
     if command == ["tabletop"]:
-        make_tabletop(parse_options(TabletopOptions, rest, positional=("out",))[0])
+        make_tabletop(parse_options(tabletop.TabletopOptions, rest, positional=("out",))[0])
     elif {"-h", "--help"} & {*sys.argv}:
         print(__doc__.strip())
     elif command == ["check"] and len(rest) == 1:

@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw
 import common
 import data
 import tabletop
+import video
 from model import ACTION, LATENT, VLA, VLAConfig
 
 @dataclass(kw_only=True)
@@ -41,7 +42,8 @@ class EvaluateConfig:
 # ------------------------------------------------------------------------ policies
 class Policy:
     """A VLA as a function: images uint8 [B, H, W, 3] and instructions -> actions [B, A], or latent
-    actions, int [B, K], where it has not been finetuned.  compiled: for control loops; compiles
+    actions, int [B, K], where it has not been finetuned.  Raises ValueError for an instruction of
+    which it knows no word.  compiled: for control loops; compiles
     anew for another number of images, or of the prompt's tokens in steps of 16"""
 
     def __init__(self, path, option="policies", stages=("finetune",), bf16=False, compiled=False):
@@ -55,6 +57,7 @@ class Policy:
         self.model.eval()
         self.multiple = 16 if compiled else 1  # prompts are padded to that
         if compiled:
+            common.check_compiler(self.device, "compiled policies")
             self.model.compile_decode()
         tokenizer = data.read_tokenizer(path)
         self.sequences = data.Sequences(tokenizer, self.model.config.image_tokens, meta["template"])
@@ -66,6 +69,8 @@ class Policy:
         self.vqgan = data.load_vqgan(path, option, self.device, meta["model"])
 
     def __call__(self, images, instructions):
+        for text in dict.fromkeys(instructions):
+            self.sequences.check_words([text])
         resize = data.official_resize if self.vqgan else data.resize
         frames = np.stack([resize(image, self.model.config.image_size) for image in images])
         pictures, codes = data.to_float(frames, self.device) * 2 - 1, None
@@ -106,7 +111,8 @@ def rollout(policy, c, split, first, count):
         elif policy == "random":
             action = rng.uniform(-1, 1, (count, 2))
         else:
-            action[live] = policy(obs["image"][live], [obs["instruction"][i] for i in live])
+            with common.refuse("--policies", (ValueError,)):
+                action[live] = policy(obs["image"][live], [obs["instruction"][i] for i in live])
         obs, _, _, _, info = env.step(action)
         film.append(obs["image"][:c.film])
     return info["success"], info["family"], np.stack(film, 1), obs["instruction"]
@@ -139,7 +145,7 @@ def evaluate(c):
                   flush=True)
     results = {"arms": arms, "options": c.__dict__, "seconds": round(time.time() - began, 1)}
     files = [Path(c.out) / name for name in ("results.json", "results.md", "rollouts.gif")]
-    common.write_atomically(files[0], json.dumps(results, indent=1) + "\n")
+    common.write_atomically(files[0], common.to_json(results, 1) + "\n")
     text = markdown([arms])
     common.write_atomically(files[1], text)
     print(text, end="")
@@ -187,7 +193,8 @@ def draw_film(films, path, size=150, head=42):
                 frame = Image.fromarray(frames[min(t, last)]).resize((size, size), Image.BICUBIC)
                 page.paste(frame, (x, y + head))
         pages.append(page.quantize(128))
-    pages[0].save(path, save_all=True, append_images=pages[1:], duration=200, loop=0)
+    with common.refuse(f"{path}: not written"), common.atomically(path) as draft:
+        pages[0].save(draft, save_all=True, append_images=pages[1:], duration=200, loop=0)
 
 # ------------------------------------------------------------------------ one image, several seeds
 @dataclass(kw_only=True)
@@ -200,10 +207,11 @@ class PredictConfig:
 def predict(c):
     """Print the latent action, or the robot's, for one picture and instruction"""
     with common.refuse(f"--image {c.image}: cannot be read", (OSError, ValueError, SyntaxError)):
-        image = np.asarray(Image.open(c.image).convert("RGB"))
+        image = video.read_picture(c.image)
     policy = Policy(c.policy, "policy", ("pretrain", "finetune"), c.bf16)
     began = time.time()
-    (answer,) = policy([image], [c.instruction])
+    with common.refuse(f"--instruction {c.instruction!r}", (ValueError,)):
+        (answer,) = policy([image], [c.instruction])
     what = "latent action" if policy.kind == LATENT else "action" if policy.edges else "action bins"
     print(f"{what}: {answer.tolist()} ({time.time() - began:.3f} s)")
 
@@ -216,7 +224,8 @@ def table(c):
     """Mean success over seeds"""
     with common.refuse(f"--results {c.results}: not results for the same arms and splits",
                        (OSError, ValueError, LookupError, TypeError, StopIteration)):
-        runs = [json.loads(Path(path).read_text())["arms"] for path in c.results.split(",")]
+        runs = [json.loads(Path(path).read_text(encoding="utf-8"))["arms"]
+                for path in c.results.split(",")]
         text = markdown(runs)
     common.write_atomically(c.out, text)
     print(text + f"wrote {c.out}")

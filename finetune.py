@@ -28,7 +28,7 @@ class FinetuneConfig(common.TrainConfig):
     labelled: int = 0  # labelled episodes, drawn by --seed (of a preset: at most); 0: all
     bins: int = 256  # bins a dimension (paper)
     soft_bins: float = 0.0  # width, in bins, of a Gaussian around the true bin (paper 0: one-hot)
-    binary: str = ""  # dimensions with two values (grippers), e.g. 6
+    binary: str = ""  # dimensions that mean 0 or 1 (grippers), e.g. 6; other values: see data.py
     freeze_vision: bool = True  # paper 3.2
     shift: float = 0.0  # random shift of pictures, as a share of them
     length: int = 0  # tokens a row is cut or padded to; 0: the longest of the batch (official 384)
@@ -102,12 +102,14 @@ def merged(model, weights):
 def choose_bins(c, meta, few):
     """-> bin edges, an array a dimension.  A body pretrained on actions (ACTIONVLA, VPT) keeps its
     own with its action head; any other gets those of the labelled episodes."""
+    actions = np.concatenate([e.actions for e in few])
     if "bins" not in meta:
-        return data.fit_bins(np.concatenate([e.actions for e in few]), c.bins, c.binary)
-    edges, width = [np.array(e) for e in meta["bins"]], few[0].actions.shape[1]
+        return data.fit_bins(actions, c.bins, c.binary)
+    edges, width = [np.array(e) for e in meta["bins"]], actions.shape[1]
     if len(edges) != width:
         common.fail(f"{c.data}: actions have width {width}, --init_from {c.init_from} was "
                     f"trained on width {len(edges)}")
+    data.refuse_other_values(edges, actions, f"--init_from {c.init_from}")
     return edges
 
 def train(c, given):
@@ -130,8 +132,13 @@ def train(c, given):
         fresh = model.adopt(weights, data.opening_tags(tokenizer) if c.like_tag else None)
     new = [name for name in fresh if not name.endswith(LOW_RANK)]
     processes.say(f"inherited {c.init_from} (pretrained on {meta['labels']} labels, step "
-                  f"{meta['step']}); fresh: {', '.join(new) or 'nothing'}; bins a dimension: "
-                  f"{', '.join(str(max(1, len(e) - 1)) for e in edges)}")
+                  f"{meta['step']}); fresh: {', '.join(new) or 'nothing'}")
+    processes.say(data.describe_bins(edges, np.concatenate([e.actions for e in few])))
+    bins = [data.to_bins(e.actions, edges) for e in few]
+    sequences = data.Sequences(tokenizer, model.config.image_tokens, meta["template"], c.length,
+                               c.official_cut)
+    with common.refuse(c.data):
+        sequences.check(few, bins, ACTION)
     run = common.Run(c, processes, "finetune", model.config,
                      dataset=dataset.fingerprint, init_from=common.fingerprint(c.init_from))
     model.action_embed.weight.requires_grad_(not c.freeze_table)
@@ -142,16 +149,13 @@ def train(c, given):
     files = {"tokenizer.json": tokenizer.to_str()}
     if vqgan:
         meta["vqgan"], files["vqgan.safetensors"] = vqgan.config.__dict__, vqgan.file
-    bins = [data.to_bins(e.actions, edges) for e in few]
     which = lambda step: data.draw(c.seed, step, c.batch, [len(b) for b in bins])[mine]
     run.restore(model, optimizer, meta, files, lambda step: [few[e].id for e, _ in which(step)],
                 lambda: merged(model, weights))
     if vqgan and not c.shift:  # shifted pictures are tokenised as they come, others once
-        data.add_codes(few, vqgan, processes)
+        data.add_codes(dataset, few, vqgan, processes)
     processes.say(len(few), "labelled episodes,", sum(map(len, bins)), "actions,", processes.device)
 
-    sequences = data.Sequences(tokenizer, model.config.image_tokens, meta["template"], c.length,
-                               c.official_cut)
     rows = lambda step: sequences.batch(few, bins, ACTION, which(step), processes.device)
     for step, batch in run.loop("rows", data.stream(rows, run.start, c.steps)):
         batch = data.augment(batch, c.shift, vqgan, c.batch, mine)

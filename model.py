@@ -184,7 +184,7 @@ def code_cnn(grid, code_len, q):
     down = lambda: nn.Conv2d(q, q, 3, stride=2, padding=1)
     valid = {1: (4, 4), 2: (3, 4), 4: (3, 3)}  # kernels that leave 1x1, 1x2, 2x2 of a 4x4 map
     if math.ceil(grid / 2) ** 2 == code_len:  # official at 64 and 256 codes; ours on small grids
-        return nn.Sequential(down(), nn.ReLU())
+        return nn.Sequential(down())
     if math.ceil(grid / 2) == 4 and code_len in valid:
         return nn.Sequential(down(), nn.ReLU(), nn.Conv2d(q, q, valid[code_len]))
     if math.ceil(grid / 4) ** 2 == code_len:  # official at 16 codes
@@ -518,7 +518,9 @@ class VLA(nn.Module):
         return self.heads()[kind][1](hidden)
 
     def answer_loss(self, hidden, rows, kind, soft=0.0):
-        """Cross entropy of the answer's tokens of one vocabulary, averaged over a row's, then rows.
+        """Cross entropy of the answer's tokens of one vocabulary, averaged over a row's, then over
+        all rows (code); a row that was cut before its answer counts as 0.  So the mean over the
+        parts of a batch, on several processes or one after another, is that of the whole.
 
         hidden [B, L, D]; rows: tensors [B, L] targets, target_kinds, mask (see data.Sequences);
         soft: width in bins of a Gaussian around the true token (0: one-hot).  -> loss, accuracy"""
@@ -529,8 +531,8 @@ class VLA(nn.Module):
         wanted = torch.softmax(-0.5 * (gap / soft) ** 2, dim=-1) if soft else target
         losses = F.cross_entropy(logits, wanted, reduction="none")
         count = torch.bincount(row, minlength=len(hidden))
-        loss = (losses / count[row]).sum() / (count > 0).sum().clamp(min=1)
-        return loss, (logits.argmax(-1) == target).float().mean()
+        right = (logits.argmax(-1) == target).float().sum() / max(1, len(target))
+        return (losses / count[row]).sum() / len(hidden), right
 
     @torch.no_grad()
     def adopt(self, weights, tags=None):

@@ -14,6 +14,7 @@ One loop serves every arm of the paper's comparison; they differ only in what th
     torchrun --nproc_per_node 8 pretrain.py --preset lapa --init_from lwm --laq Q --data D --out O
 """
 
+import hashlib
 import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -53,7 +54,7 @@ class PretrainConfig(VLAConfig, common.TrainConfig):
     head_lr: float = 1.0  # rate of a fresh head and its table, relative to lr
     bins: int = 256  # action labels: bins a dimension
     soft_bins: float = 0.0  # action labels: width, in bins, of a Gaussian around the true one
-    binary: str = ""  # action labels: dimensions with two values (grippers), e.g. 6
+    binary: str = ""  # action labels: dimensions that mean 0 or 1 (grippers), e.g. 6
     labelled: int = 100  # idm: labelled episodes the inverse dynamics model may learn from
     labelled_data: str = ""  # idm: where they are; empty: --data
     labelled_where: str = ""  # idm: and which, e.g. combination=seen
@@ -130,8 +131,9 @@ def train_inverse_dynamics(c, processes, few):
 
 def answers_for(c, processes, dataset, train_set, held_out):
     """What the model shall say at every frame -> answers of the training and of the held-out
-    episodes (lists of [T, n] codes or bins, or of T captions), and what the checkpoint keeps"""
-    both = train_set + held_out
+    episodes (lists of [T, n] codes or bins, or of T captions), what the checkpoint keeps, and marks
+    of the files they were read from, by which a resumed run knows them"""
+    both, marks = train_set + held_out, {}
     if c.labels == "caption":
         missing = [e.id for e in both if not e.info.get("captions")]
         if missing:
@@ -142,6 +144,7 @@ def answers_for(c, processes, dataset, train_set, held_out):
         path = Path(c.latents or Path(c.laq) / "labels.safetensors")
         mark = common.fingerprint(common.open_checkpoint(c.laq, "laq", ("quantize",))[0])
         answers, kept = data.load_labels(path, dataset, both)
+        marks["latents"] = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
         if kept["laq"] != mark:
             common.fail(f"{path}: made by LAQ {kept['laq']}, --laq {c.laq} is {mark}: label again "
                         "with quantize.py label")
@@ -151,18 +154,21 @@ def answers_for(c, processes, dataset, train_set, held_out):
         else:
             few_data = data.open_dataset(c.labelled_data or c.data, c.image_size, c.labelled_where,
                                          official=c.vision_vocab > 0)
+            marks["labelled_data"] = few_data.fingerprint
             few = data.labelled_few(few_data.split(c.held_out)[0], c.labelled, c.seed)
             actions = invert(*train_inverse_dynamics(c, processes, few), both)
             known = [(g[:len(e.actions)], e.actions)
                      for g, e in zip(actions[len(train_set):], held_out) if e.actions is not None]
             if known:
-                guess, true = (np.concatenate(rows) for rows in zip(*known))
-                r2 = 1 - ((guess - true) ** 2).sum(0) / ((true - true.mean(0)) ** 2).sum(0)
-                processes.say("inverse dynamics R2 on held-out episodes:", r2.round(3).tolist())
-        edges = data.fit_bins(np.concatenate(actions[:len(train_set)]), c.bins, c.binary)
+                r2 = quantize.r2(*(np.concatenate(rows) for rows in zip(*known)))
+                processes.say("inverse dynamics R2 on held-out episodes:",
+                              [r if r is None else round(r, 3) for r in r2])
+        known = np.concatenate(actions[:len(train_set)])
+        edges = data.fit_bins(known, c.bins, c.binary)
+        processes.say(data.describe_bins(edges, known))
         answers = [data.to_bins(a, edges) for a in actions]
         kept = {"bins": [list(e) for e in edges]}
-    return answers[:len(train_set)], answers[len(train_set):], kept
+    return answers[:len(train_set)], answers[len(train_set):], kept, marks
 
 # ------------------------------------------------------------------------ training
 def build_model(c, kind, dataset, processes):
@@ -218,15 +224,17 @@ def train(c, given):
                                 official=vqgan is not None)
     train_set, held_out = dataset.split(c.held_out)
     if vqgan:  # augmented pictures are tokenised as they come, others once
-        data.add_codes(held_out if c.shift else train_set + held_out, vqgan, processes)
-    answers, held_answers, kept = answers_for(c, processes, dataset, train_set, held_out)
+        data.add_codes(dataset, held_out if c.shift else train_set + held_out, vqgan, processes)
+    answers, held_answers, kept, marks = answers_for(c, processes, dataset, train_set, held_out)
     c.latent_vocab = kept.get("codebook_size", 0)
     model, tokenizer, fresh = build_model(c, kind, dataset, processes)
     sequences = data.Sequences(tokenizer, model.config.image_tokens, c.template, c.length,
                                c.official_cut)
+    with common.refuse(c.data):
+        sequences.check(train_set + held_out, answers + held_answers, kind)
     run = common.Run(c, processes, "pretrain", model.config,
                      dataset=dataset.fingerprint, laq=kept.get("laq"), window=kept.get("window"),
-                     init_from=common.fingerprint(c.init_from) if c.init_from else None)
+                     **marks, init_from=common.fingerprint(c.init_from) if c.init_from else None)
     groups = model.parameter_groups(c.lr, c.head_lr, fresh, c.freeze_vision and c.init_from)
     optimizer = common.make_optimizer(groups, betas=(0.9, 0.95), weight_decay=0.0)
     meta = {"labels": c.labels, "template": c.template, **kept}

@@ -54,9 +54,9 @@ PRESETS = {
 
 # ------------------------------------------------------------------------ training
 def replacement_due(step, official=False):
-    """Dead codes are replaced often at first, then every 50 steps; officially until step 5000"""
+    """Dead codes are replaced often at first, then every 50 steps; officially before step 5000"""
     if official:
-        return 0 < step <= 5000 and step % (10 if step < 100 else 100 if step < 1000 else 500) == 0
+        return 0 < step < 5000 and step % (10 if step < 100 else 100 if step < 1000 else 500) == 0
     return step > 0 and step % (10 if step < 100 else 50) == 0
 
 def train_step(model, optimizer, processes, c, step, pair, who=str):
@@ -146,13 +146,20 @@ def perplexity(codes, size):
 
 def probe_r2(codes, target, test_codes, test_target, size, ridge=1e-2):
     """Linear probe: one-hot codes int [M, K] -> target float [M, A], fitted on the first two
-    arguments by ridge regression.  -> R2 on the test pairs, one number an axis."""
+    arguments by ridge regression.  -> R2 on the test pairs, one number per axis; None for an axis
+    that never moves there."""
     features = lambda rows: np.pad(np.eye(size)[rows].reshape(len(rows), -1),
                                    ((0, 0), (0, 1)), constant_values=1)  # M, K*V + 1
     X = features(codes)
     solved = np.linalg.solve(X.T @ X + ridge * np.eye(X.shape[1]), X.T @ target)
-    error = ((features(test_codes) @ solved - test_target) ** 2).sum(0)
-    return (1 - error / ((test_target - test_target.mean(0)) ** 2).sum(0)).tolist()
+    return r2(features(test_codes) @ solved, test_target)
+
+def r2(guess, target):
+    """Share of the variance of target [M, A] that guess explains, per axis; None for a constant"""
+    error = ((guess - target) ** 2).sum(0)
+    spread = ((target - target.mean(0)) ** 2).sum(0)
+    moves = spread > 1e-20 * (target ** 2).sum(0)  # more than rounding does
+    return [1 - float(e) / float(s) if m else None for e, s, m in zip(error, spread, moves)]
 
 def window_motion(episode, window):
     """Sum of an episode's actions over each frame's window, [T, A]: its true displacement"""
@@ -164,7 +171,8 @@ def window_motion(episode, window):
 def report(model, train_set, held_out, window, out, seed=0):
     """Report card on held-out episodes (method section 1) -> numbers, files written."""
     out, rng = Path(out), np.random.default_rng(seed)
-    out.mkdir(parents=True, exist_ok=True)
+    with common.refuse(f"--out {out}"):
+        out.mkdir(parents=True, exist_ok=True)
     device, c = next(model.parameters()).device, model.config
     rows = [(e, t) for e, episode in enumerate(held_out) for t in range(len(episode.frames) - 1)]
     which = np.random.default_rng(seed).permutation(rows)[:2048]
@@ -192,12 +200,14 @@ def report(model, train_set, held_out, window, out, seed=0):
         y = [np.concatenate([window_motion(e, window) for e in part]) for part in known]
         mixed = [rng.permutation(rows) for rows in x]
         for name, (fit, test) in (("probe_r2", x), ("probe_r2_shuffled", mixed)):
-            card[name] = [round(r, 3) for r in probe_r2(fit, y[0], test, y[1], c.codebook_size)]
+            card[name] = [r if r is None else round(r, 3)
+                          for r in probe_r2(fit, y[0], test, y[1], c.codebook_size)]
     lines = ["| report card | held-out pairs |", "|---|---|"]
-    lines += [f"| {k.replace('_', ' ')} | {str(v).strip('[]')} |" for k, v in card.items()]
+    lines += [f"| {k.replace('_', ' ')} | {str(v).strip('[]').replace('None', 'never moves')} |"
+              for k, v in card.items()]
     print("\n".join(lines))
     common.write_atomically(out / "report.md", "\n".join(lines) + "\n")
-    common.write_atomically(out / "report.json", json.dumps(card, indent=1) + "\n")
+    common.write_atomically(out / "report.json", common.to_json(card, 1) + "\n")
     few = pairs[:8].to(device)
     imagined = model.imagine(few[:, 0], model.label(few))
     contact_sheet({"x_t": few[:, 0], "x_t+H": few[:, 1], "drawn": imagined},
@@ -215,7 +225,8 @@ def contact_sheet(columns, path, size=96, gap=4, head=16):
         for r, cell in enumerate(pixels):
             tile = Image.fromarray(cell).resize((size, size), Image.BICUBIC)
             sheet.paste(tile, (gap + i * step, head + r * step))
-    sheet.save(path)
+    with common.refuse(f"{path}: not written"), common.atomically(path) as draft:
+        sheet.save(draft)
 
 def draw_atlas(model, starts, codes, path, most=8):
     """What the decoder says each of the most frequent code combinations does to each start frame

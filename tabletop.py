@@ -11,6 +11,8 @@ The table is the unit square, x to the right and y down as in the picture.  Acti
 in [-1, 1]: the wanted displacement of the effector in units of the embodiment's speed.  Blocks are
 discs for contact, whatever their looks, and do not turn.  A finished table stays as it is."""
 
+from dataclasses import dataclass
+
 import numpy as np
 
 BLOCKS = ("red circle", "blue square", "green triangle", "yellow star")
@@ -258,6 +260,18 @@ OUTLINES = (  # distance inside the outline of each block: circle, square, trian
     lambda dx, dy: BLOCK_RADIUS * (0.86 + 0.3 * np.cos(5 * np.arctan2(dx, -dy))) - np.hypot(dx, dy))
 
 # ------------------------------------------------------------------------ datasets
+@dataclass
+class TabletopOptions:
+    out: str  # folder to write
+    episodes: int = 2000  # scripted episodes to record
+    embodiment: str = "robot"  # robot or human
+    look: str = "plain"  # plain or real (palette, wood grain and light drawn anew each episode)
+    tasks: str = "all"  # all, seen or unseen instructions (each episode says which it is)
+    noise: float = 0.1  # standard deviation added to the expert's actions, so that videos vary
+    scenes: int = 0  # instead of episodes: that many still scenes of both embodiments, captioned
+    size: int = 64  # pixels
+    seed: int = 0
+
 def record(o, folder):
     """Record the scripted expert; failures are dropped: every video shows its instruction."""
     unseen, kept = set(tasks("unseen")), 0

@@ -4,8 +4,10 @@ import os
 import runpy
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -18,6 +20,21 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore:torch.distributed is disabled")  # one process
     config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script")  # torch's own compiler
+
+
+def make_film(path, frames, rate=5, codec="libx264", pixels="yuv420p", times=None):
+    """Write frames, uint8 [H, W, 3] each, as a film; times: when each is shown, in milliseconds"""
+    with av.open(f"file:{path}", "w") as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], pixels
+        if times is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for i, frame in enumerate(frames):
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            if times is not None:
+                picture.pts, picture.time_base = times[i], Fraction(1, 1000)
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode(None))
 
 
 @pytest.fixture(scope="session")

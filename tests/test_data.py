@@ -1,11 +1,9 @@
 """Episodes on disk, their cache, windows, labels, bins, token rows, the report card's figures."""
 import json
 import re
-import shutil
 import subprocess
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +13,9 @@ from PIL import Image
 
 import data
 import quantize
-from conftest import ROOT
+from conftest import ROOT, make_film
 from model import ACTION, LATENT, TEXT, VISION
 
-needs_ffmpeg = pytest.mark.skipif(
-    not (shutil.which("ffmpeg") or find_spec("imageio_ffmpeg")), reason=data.FFMPEG_HINT)
 LANGUAGE_TABLE = ROOT.parent / "shared" / "data" / "language-table"
 
 # ---------------------------------------------------------------- defects of a dataset
@@ -85,8 +81,7 @@ def refused(folder, capsys):
     return said
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=needs_ffmpeg) if n.endswith("film") else n
-                                  for n in DEFECTS])
+@pytest.mark.parametrize("name", DEFECTS)
 def test_a_defect_names_file_episode_and_field(make_dataset, capsys, name):
     field, change = DEFECTS[name]
     folder = make_dataset({"a": 5, "b": 7, "c": 4}, lambda root, rows: change(root, rows["b"]))
@@ -120,35 +115,17 @@ def pictures(root, row):
 
 
 def film(root, row):
-    raw = b"".join(bytes([20 * n]) * (32 * 32 * 3) for n in range(1, 13))
-    subprocess.run([data._ffmpeg()[0], "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s",
-                    "32x32", "-r", "5", "-i", "-", str(root / "film.mp4")], input=raw, check=True)
+    make_film(root / "film.mp4", [np.full((32, 32, 3), 20 * n, np.uint8) for n in range(1, 13)])
     row["video"] = "film.mp4"
     del row["fps"]  # the file knows
 
 
 def deep_film(root, row):
-    """Ten bits a colour, which ffmpeg would hand over as 16"""
-    film(root, row)
-    subprocess.run([data._ffmpeg()[0], "-v", "error", "-i", root / "film.mp4", "-pix_fmt",
-                    "yuv420p10le", "-c:v", "ffv1", root / "film.mkv"], check=True)
+    """Ten bits per channel"""
+    make_film(root / "film.mkv", [np.full((32, 32, 3), 20 * n, np.uint8) for n in range(1, 13)],
+              codec="ffv1", pixels="yuv420p10le")
     row["video"] = "film.mkv"
-
-
-@needs_ffmpeg
-def test_a_film_with_many_errors_is_refused(make_dataset, capsys):
-    """ffmpeg's complaints, over 130 KB here, must not fill a pipe that nobody reads"""
-    def change(root, rows):
-        subprocess.run([data._ffmpeg()[0], "-v", "error", "-f", "lavfi", "-i",
-                        "testsrc=size=320x240:rate=30:duration=60", root / "film.mp4"], check=True)
-        content = bytearray((root / "film.mp4").read_bytes())
-        for at in range(2000, len(content) - 20000, 97):
-            content[at] ^= 0xff
-        (root / "film.mp4").write_bytes(content)
-        rows["a"]["video"] = "film.mp4"
-    with pytest.raises(SystemExit):
-        data.open_dataset(make_dataset({"a": 5}, change), 8)
-    assert "'a': field video: " in capsys.readouterr().err
+    del row["fps"]
 
 
 def array(root, row):
@@ -156,8 +133,7 @@ def array(root, row):
     np.save(root / "videos/b.npy", np.broadcast_to(frames, (12, 32, 32, 3)))
 
 
-@pytest.mark.parametrize("kind", [array, pictures, pytest.param(film, marks=needs_ffmpeg),
-                                  pytest.param(deep_film, marks=needs_ffmpeg)])
+@pytest.mark.parametrize("kind", [array, pictures, film, deep_film])
 @pytest.mark.parametrize("size", [32, 8])
 def test_all_kinds_of_video(make_dataset, kind, size):
     folder = make_dataset({"b": 12}, lambda root, rows: kind(root, rows["b"]))
@@ -167,7 +143,6 @@ def test_all_kinds_of_video(make_dataset, kind, size):
     assert np.abs(gap).max() <= (3 if kind in (film, deep_film) else 0)
 
 
-@needs_ffmpeg
 @pytest.mark.skipif(not LANGUAGE_TABLE.is_dir(), reason=f"{LANGUAGE_TABLE} is not here")
 def test_real_language_table_episodes(tmp_path, monkeypatch):
     monkeypatch.setenv("LAPA_CACHE", str(tmp_path / "cache"))
@@ -185,14 +160,19 @@ def test_real_language_table_episodes(tmp_path, monkeypatch):
 def test_cache_is_read_renewed_and_ignores_drafts(make_dataset, tmp_path):
     folder = make_dataset({"a": 5})
     frames = lambda: np.array(data.open_dataset(folder, 4).episodes[0].frames)
-    first, (file,) = frames(), list((tmp_path / "cache/frames_4").iterdir())
-    np.save(file, np.full_like(first, 7))  # shows that the file is what is read
+    first, (rows, index) = frames(), sorted((tmp_path / "cache/frames_4").iterdir())
+    assert rows.suffix == ".bin" and index.suffix == ".jsonl"
+    rows.write_bytes(bytes([7]) * first.nbytes)  # shows that the file is what is read
     assert (frames() == 7).all()
-    file.rename(file.with_name(f".{file.stem}.1.npy"))  # the draft of a process that was killed
-    cut(file.with_name(f".{file.stem}.1.npy"))
+    index.write_text(index.read_text().rstrip("\n")[:-5])  # killed while it wrote its line
+    assert np.array_equal(frames(), first) and len(index.read_text().splitlines()) == 1
+    with open(rows, "ab") as file:  # killed before it wrote a line
+        file.write(b"torn")
     assert np.array_equal(frames(), first)
     np.save(folder / "videos/a.npy", np.full((5, 8, 8, 3), 9, np.uint8))  # the source changed
     assert (frames() == 9).all()
+    rows.write_bytes(rows.read_bytes()[:-1])  # lost its end: what is left is used, the rest made anew
+    assert (frames() == 9).all() and rows.stat().st_size == 2 * first.nbytes
 
 
 def test_two_processes_may_open_a_dataset_at_once(make_dataset, tmp_path):
@@ -203,7 +183,9 @@ def test_two_processes_may_open_a_dataset_at_once(make_dataset, tmp_path):
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
     (one, complaint), (two, _) = (p.communicate() for p in both)
     assert one == two and one.count(",") == 19, complaint
-    assert len(list((tmp_path / "cache/frames_4").iterdir())) == 20  # no draft is left
+    rows, index = sorted((tmp_path / "cache/frames_4").iterdir())  # no draft is left
+    assert len(index.read_text().splitlines()) == 20  # each was decoded once
+    assert rows.stat().st_size == 20 * 40 * 4 * 4 * 3
 
 
 def test_episodes_may_share_a_video(make_dataset):
@@ -369,7 +351,7 @@ def test_bins_are_those_of_pandas():
     """Edges recorded from pandas.qcut(x, 256, retbins=True, duplicates="drop")"""
     recorded = json.loads((Path(__file__).parent / "golden/qcut.json").read_text())
     for case in recorded:
-        (edges,) = data.fit_bins(np.array(case["values"])[:, None], case["bins"])
+        edges = data.quantile_edges(np.array(case["values"]), case["bins"])
         np.testing.assert_allclose(edges, case["edges"], rtol=0, atol=1e-12)
 
 
@@ -383,3 +365,119 @@ def test_an_epoch_of_windows_keeps_no_frame_in_memory(make_dataset):
     for at in range(0, len(rows), 16):
         data.to_float(data.frame_pairs(found, rows[at:at + 16], 0.6))
     assert held() - before < 8_000  # kB
+
+
+# ---------------------------------------------------------------- dimensions of few values
+@pytest.mark.parametrize("binary", ["", "1"])
+@pytest.mark.parametrize("values", [(-1, 1), (0, 0.08), (0, 255), (0, 1), (-1, 0, 1), (0, 0.5, 1),
+                                    (0, 1, 10, 11), (3,), tuple(range(16))])
+def test_a_dimension_of_few_values_decodes_to_exactly_these(values, binary):
+    rng = np.random.default_rng(0)
+    rows = np.stack([rng.normal(size=400), rng.choice(values, 400)], 1).astype(np.float32)
+    edges = [np.array(e) for e in json.loads(json.dumps(
+        [e.tolist() for e in data.fit_bins(rows, 256, binary)]))]  # as a checkpoint keeps them
+    bins = data.to_bins(rows, edges)
+    assert set(bins[:, 1]) == set(range(len(values)))  # one bin for each value
+    assert np.array_equal(data.from_bins(bins, edges)[:, 1].astype(np.float32), rows[:, 1])
+    near = data.to_bins(np.float32([[0, values[0] - 9], [0, values[-1] + 9]]), edges)[:, 1]
+    assert near.tolist() == [0, len(values) - 1]  # what lies outside falls to the nearest value
+
+
+def test_what_shares_a_bin_is_said():
+    rng = np.random.default_rng(0)
+    rows = np.stack([rng.normal(size=1000), np.full(1000, 2), rng.choice([0, 1], 1000),
+                     np.where(rng.random(1000) < 0.9, 0, rng.normal(size=1000))], 1)
+    edges = data.fit_bins(rows)
+    count = len(np.unique(rows[:, 3]))
+    assert data.describe_bins(edges, rows) == (
+        "bins per dimension: 256 (for 1000 values), 1 (always 2), 2 (one for each value), "
+        f"{len(edges[3]) - 1} (for {count} values)")
+
+
+def test_binary_means_zero_and_one_or_what_there_is(capsys):
+    smooth = np.linspace(0, 1, 50)[:, None]
+    assert data.fit_bins(smooth, binary="0")[0].tolist() == [-0.5, 0.5, 1.5]  # official
+    assert data.fit_bins(smooth[:1], binary="0")[0].tolist() == [-0.5, 0.5, 1.5]  # never closed
+    with pytest.raises(SystemExit):
+        data.fit_bins(3 * smooth, binary="0")
+    assert "dimension 0 has 50 values from 0 to 3" in capsys.readouterr().err
+
+
+def test_bins_of_other_values_are_refused(capsys):
+    edges = data.fit_bins(np.float32([[0], [1]] * 20))
+    data.refuse_other_values(edges, np.float32([[1], [0]]), "x")
+    for value in (-1, 0.5):
+        with pytest.raises(SystemExit):
+            data.refuse_other_values(edges, np.float32([[1], [value]]), "--init_from x")
+        assert "--init_from x: its bins turn the values of dimension 0" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- --where
+WHERE = [{"id": "a", "success": True, "fps": 5, "note": None, "task": "push"},
+         {"id": "b", "success": False, "fps": 5.0, "note": "null", "task": "pull, then push"},
+         {"id": "c", "success": "true", "fps": 7, "level": 1}]
+
+
+@pytest.mark.parametrize("where, ids", [
+    ("success=true", "ac"), ("success=True", "a"), ("success=false", "b"), ("fps=5", "ab"),
+    ("fps=5.0", "ab"), ("fps=7e0", "c"), ("note=null", "ab"), ("task=push", "a"), ("level=1", "c"),
+    ('task="push"', "a"), ("task=pull, then push", "b"), ("fps=5,success=false", "b"), ("", "abc")])
+def test_where_compares_values_as_json(where, ids):
+    assert "".join(row["id"] for row in data.matching(WHERE, where, "x")) == ids
+
+
+@pytest.mark.parametrize("where, said", [
+    ("success=1", "no episode with success=1"), ("level=true", "no episode with level=true"),
+    ("sucess=true", "none has a field 'sucess'"), ("fps", "expected name=value"),
+    ("=5", "expected name=value")])
+def test_where_refuses_what_no_episode_fulfils(capsys, where, said):
+    with pytest.raises(SystemExit):
+        data.matching(WHERE, where, "x")
+    assert said in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- rows without an answer, unknown words
+def episode(instruction, name="a"):
+    return data.Episode(name, instruction, 5, {}, np.zeros((2, 8, 8, 3), np.uint8))
+
+
+def test_rows_without_room_for_an_answer_are_refused_and_cut_ones_counted(capsys):
+    words = data.train_tokenizer(["push the red block"])
+    texts = ["push", "push the red block push the red block push"]
+    both = [episode(text, name) for text, name in zip(texts, ("short", "long"))]
+    codes = [np.zeros((2, 4), int)] * 2
+    # bos, 9 words, <vision>, 4 patches, </vision>, <delta>: 17 tokens; 4 codes, </delta>, eos
+    for length, outcome in ((22, ""), (21, "cut"), (17, "cut"), (16, "refused")):
+        sequences = data.Sequences(words, 4, length=length)
+        supervised = sequences.rows(texts, [c[0] for c in codes], LATENT)
+        answered = (supervised["mask"] & (supervised["target_kinds"] == LATENT)).sum(1).tolist()
+        if outcome == "refused":
+            assert answered == [4, 0]
+            with pytest.raises(SystemExit):
+                sequences.check(both, codes, LATENT)
+            said = capsys.readouterr().err
+            assert "episodes 'long' (" in said and f"--length {length}: no room" in said
+        else:
+            assert answered[0] == 4 and answered[1] > 0
+            sequences.check(both, codes, LATENT)
+            said = capsys.readouterr().out
+            assert ("cuts the end of 2 rows (first: episode 'long'" in said) == (outcome == "cut")
+
+
+def test_captions_count_their_end_of_text_as_an_answer(capsys):
+    sequences = data.Sequences(data.train_tokenizer(["push the red block"]), 4, length=9)
+    sequences.check([episode("push")], [["red", ""]], TEXT)
+    with pytest.raises(SystemExit):
+        sequences.check([episode("push the red")], [["red", ""]], TEXT)
+
+
+def test_unknown_words_are_named_once_and_refused_where_no_word_is_known(capsys):
+    sequences = data.Sequences(data.train_tokenizer(["push the red block"]), 4)
+    sequences.check([episode("push the mug"), episode("grasp it"), episode("push")], [], LATENT)
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "'mug', 'grasp', 'it'" in said
+    sequences.check_words(["push the mug"])
+    assert capsys.readouterr().out == ""
+    for texts in (["打开抽屉", "grasp mug"], ["."], [""], ["  "]):
+        with pytest.raises(ValueError, match="none of the words|expected words"):
+            sequences.check_words(texts)

@@ -21,7 +21,8 @@ import model
 import pretrain
 import quantize
 import tabletop
-from model import ACTION, LATENT, TEXT, VISION, LAQ, LAQConfig, VLA, VLAConfig, nearest
+from model import (ACTION, LATENT, TEXT, VISION, LAQ, LAQConfig, VLA, VLAConfig, code_cnn,
+                   nearest)
 
 FOLDER = Path(__file__).parent / "golden"  # made with the official code: shared/fixtures/laq_small
 INFO = json.loads((FOLDER / "info.json").read_text())
@@ -32,7 +33,7 @@ SMALL = dict(image_size=32, patch_size=8, dim=32, heads=4, dim_head=8, spatial_d
 
 
 def official(path=FOLDER / "laq.pt"):
-    config, pairs = convert.from_laq(path, convert.ConvertConfig(source=[], out=""))
+    config, pairs = convert.from_laq(path, convert.ConvertConfig(source=[], out="", code_len=4))
     net = LAQ(config)
     common.load_strictly(net, {name: read() for name, read in pairs})
     return net
@@ -69,7 +70,7 @@ def test_training_pass_gives_the_official_loss_and_gradients():
 
 
 def test_convert_command_line(inside, tmp_path):
-    assert inside("convert.py", FOLDER / "laq.pt", tmp_path / "laq") == 0
+    assert inside("convert.py", FOLDER / "laq.pt", tmp_path / "laq", "--code_len", 4) == 0
     net, meta = quantize.load_laq(tmp_path / "laq")
     assert meta["window"] == 0.6 and torch.equal(net.cpu().label(PAIR), CODES)
 
@@ -273,7 +274,8 @@ def test_decoding_with_the_cache_gives_the_hidden_states_of_the_full_pass(vla):
         for at in (range(L), [L], [L + 1], [L + 2]):
             found.append(vla.body(x[:, list(at)], tables, torch.tensor(at)))
     seen = valid[..., None]
-    torch.testing.assert_close(torch.cat(found, 1) * seen, full * seen, atol=1e-5, rtol=1e-5)
+    # Processors round otherwise: 3e-5 apart on one, while a wrong key or place is off by 0.1.
+    torch.testing.assert_close(torch.cat(found, 1) * seen, full * seen, atol=1e-4, rtol=1e-4)
 
 
 def test_the_cache_of_one_prompt_does_no_harm_to_the_next(vla):
@@ -451,3 +453,63 @@ def test_fresh_tables_begin_where_the_body_can_read():
     fresh = VLA(VLAConfig(**shape, latent_vocab=0, action_vocab=5))  # official: random rows
     fresh.adopt(lapa.state_dict())
     assert len(fresh.action_embed.weight.unique(dim=0)) == 5
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_the_loss_of_rows_that_are_cut_does_not_depend_on_how_a_batch_is_parted(vla, parts):
+    """The second row has no answer left: it counts as 0, as in the official loss"""
+    few = data.Sequences(SEQUENCES.tokenizer, 4, length=14)
+    texts = ["push the red block", "push the red block left push the red block left", "red", "block"]
+    rows = few.rows(texts, np.arange(28).reshape(4, 7) % 16, ACTION)
+    answered = (rows["mask"] & (rows["target_kinds"] == ACTION)).any(1).tolist()
+    assert answered == [True, False, True, True]
+    hidden = torch.randn(*rows["tokens"].shape, 32)
+    whole, right = vla.answer_loss(hidden, rows, ACTION)
+    halves = [vla.answer_loss(h, {n: x.chunk(parts)[i] for n, x in rows.items()}, ACTION)
+              for i, h in enumerate(hidden.chunk(parts))]
+    torch.testing.assert_close(sum(loss for loss, _ in halves) / parts, whole)
+    assert torch.isfinite(torch.stack([part for pair in halves for part in pair])).all()
+
+
+@pytest.mark.parametrize("code_len, grid", [(1, 8), (2, 8), (4, 8), (16, 16), (64, 16), (256, 32)])
+def test_the_cnn_of_each_number_of_codes_is_the_official_one(code_len, grid):
+    """A convolution of stride 2, then (but for 64 and 256 codes) ReLU and another one"""
+    cnn, x = code_cnn(grid, code_len, 3), torch.randn(2, 3, grid, grid)
+    weights = dict(cnn.named_parameters())
+    y = F.conv2d(x, weights["0.weight"], weights["0.bias"], stride=2, padding=1)
+    if code_len < 64:
+        how = dict(stride=2, padding=1) if code_len == 16 else {}
+        y = F.conv2d(F.relu(y), weights["2.weight"], weights["2.bias"], **how)
+    assert y[0, 0].numel() == code_len and len(weights) == (2 if code_len >= 64 else 4)
+    torch.testing.assert_close(cnn(x), y)
+
+
+@pytest.mark.parametrize("code_len, size, needed", [
+    (1, 32, ()), (2, 32, ()), (4, 32, ("--code_len", 4)), (16, 64, ("--code_len", 16)),
+    (64, 64, ("--image_size", 64)), (256, 128, ("--code_len", 256))])
+def test_a_laq_of_each_number_of_codes_is_converted(inside, tmp_path, capsys, code_len, size, needed):
+    net = LAQ(LAQConfig(**{**SMALL, "image_size": size, "patch_size": 4}, code_len=code_len,
+                        official_peg=True, official_code_read=True))
+    file = {convert.rename(name, convert.LAQ_KEYS): t for name, t in net.state_dict().items()
+            if name != "quantizer.uses"}
+    file |= {name[:-5] + "beta": torch.zeros_like(t) for name, t in file.items() if "gamma" in name}
+    torch.save(file, tmp_path / "laq.pt")
+    if needed:  # nothing is guessed
+        assert inside("convert.py", tmp_path / "laq.pt", tmp_path / "none") == 2
+        assert "pass --code_len or --image_size" in capsys.readouterr().err
+    assert inside("convert.py", tmp_path / "laq.pt", tmp_path / "laq", *needed) == 0
+    again, _ = quantize.load_laq(tmp_path / "laq")
+    assert again.config == net.config
+    pair = torch.rand(3, 2, 3, size, size)
+    assert torch.equal(again.difference(pair), net.eval().difference(pair))
+
+
+def test_a_number_of_codes_that_a_file_does_not_hold_is_refused(inside, tmp_path, capsys):
+    for more in (("--code_len", 2), ("--code_len", 4, "--image_size", 128)):
+        assert inside("convert.py", FOLDER / "laq.pt", tmp_path / "laq", *more) == 2
+        assert f"--code_len {more[1]}" in capsys.readouterr().err
+
+
+def test_official_replacement_ends_before_step_5000():
+    steps = [step for step in range(6000) if quantize.replacement_due(step, official=True)]
+    assert steps == [*range(10, 100, 10), *range(100, 1000, 100), *range(1000, 5000, 500)]
