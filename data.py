@@ -171,7 +171,7 @@ def _inside(root, text):
 
 def _look_at_videos(root, rows):
     """-> {id: video.Source} of the videos that are there, {id: what is wrong} of the others"""
-    sources, missing = {}, {}
+    sources, missing, root = {}, {}, root.resolve()
     for row in rows:
         fps = row.get("fps")
         try:
@@ -217,7 +217,7 @@ def _load_episode(root, row, pack, source, bad_video, actions_needed):
         bad.append(f"fps: expected frames per second, found {fps!r}"
                    + ", and the video does not say" * (not bad_video and row.get("fps") is None))
     if T is not None and T < 2:
-        bad.append(f"video: {row['video']} holds {T} frame, expected at least 2")
+        bad.append(f"video: {row['video']} holds one frame, expected at least 2")
     if T is not None and row.get("frames", T) != T:
         bad.append(f"frames: says {row.get('frames')!r}, but {row['video']} holds "
                    f"{T}{video.how_resampled(entry)}")
@@ -461,6 +461,11 @@ def refuse_other_values(edges, actions, whose):
                                  for rows in (actions, decoded))
             fail(f"{whose}: its bins turn the values of dimension {a} into others ({shown}): scale "
                  "them as in pretraining")
+
+def soft_widths(edges, soft):
+    """The width `soft` for each dimension, 0 where there are so few bins that none is nearly right:
+    smoothed, a gripper's two would hardly differ"""
+    return [0.0 if len(e) <= FEW + 1 else soft for e in edges] if soft else 0.0
 
 def is_value_list(e):
     """Whether a dimension's array lists the values of its bins, not their edges"""

@@ -156,11 +156,12 @@ def train(c, given):
         data.add_codes(dataset, few, vqgan, processes)
     processes.say(len(few), "labelled episodes,", sum(map(len, bins)), "actions,", processes.device)
 
+    soft = data.soft_widths(edges, c.soft_bins)
     rows = lambda step: sequences.batch(few, bins, ACTION, which(step), processes.device)
     for step, batch in run.loop("rows", data.stream(rows, run.start, c.steps)):
         batch = data.augment(batch, c.shift, vqgan, c.batch, mine)
         loss, right = processes.backward(
-            model, c, lambda part: loss_of(model, part, c.soft_bins), batch, run.culprits)
+            model, c, lambda part: loss_of(model, part, soft), batch, run.culprits)
         norm = common.optimizer_step(optimizer, processes, c, step)
         run.end_step({"loss": loss, "accuracy": right, "grad_norm": norm})
     run.finish()

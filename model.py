@@ -523,12 +523,18 @@ class VLA(nn.Module):
         parts of a batch, on several processes or one after another, is that of the whole.
 
         hidden [B, L, D]; rows: tensors [B, L] targets, target_kinds, mask (see data.Sequences);
-        soft: width in bins of a Gaussian around the true token (0: one-hot).  -> loss, accuracy"""
+        soft: width in bins of a Gaussian around the true token (0: one-hot), one for all tokens of
+        an answer or a list of one for each.  -> loss, accuracy"""
         chosen = rows["mask"] & (rows["target_kinds"] == kind)
         row = chosen.nonzero()[:, 0]
         logits, target = self.score(hidden[chosen], kind).float(), rows["targets"][chosen]
         gap = torch.arange(logits.shape[-1], device=target.device) - target[:, None]
-        wanted = torch.softmax(-0.5 * (gap / soft) ** 2, dim=-1) if soft else target
+        if isinstance(soft, list):
+            place = (chosen.cumsum(1) - 1)[chosen]  # of each token in its answer
+            width = torch.tensor(soft, device=target.device)[place, None].clamp(min=1e-3)
+            wanted = torch.softmax(-0.5 * (gap / width) ** 2, dim=-1)
+        else:
+            wanted = torch.softmax(-0.5 * (gap / soft) ** 2, dim=-1) if soft else target
         losses = F.cross_entropy(logits, wanted, reduction="none")
         count = torch.bincount(row, minlength=len(hidden))
         right = (logits.argmax(-1) == target).float().sum() / max(1, len(target))

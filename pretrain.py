@@ -193,11 +193,11 @@ def build_model(c, kind, dataset, processes):
     return model, tokenizer, fresh
 
 @torch.no_grad()
-def validate(model, c, kind, rows, lengths, processes):
+def validate(model, c, kind, rows, lengths, processes, soft):
     """Loss and accuracy on 256 frames of the held-out episodes, the same ones every time"""
     which = data.draw(0, 0, 256, lengths)
     with processes.autocast(c):
-        results = [loss_of(model, rows(which[at:at + c.batch]), kind, c.soft_bins)
+        results = [loss_of(model, rows(which[at:at + c.batch]), kind, soft)
                    for at in range(0, len(which), c.batch)]
     loss, right = (float(sum(values) / len(values)) for values in zip(*results))
     return {"val_loss": loss, "val_accuracy": right}
@@ -249,16 +249,17 @@ def train(c, given):
     processes.say(f"VLA of {size:,} parameters predicts {c.labels} on "
                   f"{sum(lengths)} frames of {len(train_set)} episodes, {processes.device}")
 
+    soft = data.soft_widths(kept.get("bins", []), c.soft_bins)
     rows = lambda step: sequences.batch(train_set, answers, kind, which(step), processes.device)
     held_rows = lambda which: sequences.batch(held_out, held_answers, kind, which, processes.device)
     for step, batch in run.loop("rows", data.stream(rows, run.start, c.steps)):
         batch = data.augment(batch, c.shift * (kind != TEXT), vqgan, c.batch, mine)
         loss, right = processes.backward(
-            model, c, lambda part: loss_of(model, part, kind, c.soft_bins, c.official_text_mask),
+            model, c, lambda part: loss_of(model, part, kind, soft, c.official_text_mask),
             batch, run.culprits)
         norm = common.optimizer_step(optimizer, processes, c, step)
         run.end_step({"loss": loss, "accuracy": right, "grad_norm": norm},
-                     lambda: validate(model, c, kind, held_rows, held_lengths, processes)
+                     lambda: validate(model, c, kind, held_rows, held_lengths, processes, soft)
                      if held_out else {})
     run.finish()
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 HEADERS = Lock()  # CPython 3.11 parses .npy headers wrongly when several threads do it at once
 PICTURES = (".jpg", ".jpeg", ".png")
-SPOOL = 64 << 20  # bytes of one video that are held in memory before they go to disk
+SPOOL = 16 << 20  # bytes of one video that are held in memory before they go to disk
 COMMIT = 256 << 20  # bytes after which the index of a cache file is brought up to date
 
 
@@ -82,10 +83,10 @@ class Pack:
 
     def read_index(self) -> bool:
         """Read the index anew; False if it ends in a torn line or points past the rows"""
-        self.entries, whole = {}, True
+        self.entries, self.mapping, whole = {}, None, True
         with cache_faults(self.folder):
-            size = self.rows_path.stat().st_size if self.rows_path.is_file() else 0
             text = self.index_path.read_bytes() if self.index_path.is_file() else b""
+            size = self.rows_path.stat().st_size if self.rows_path.is_file() else 0
         for line in text.splitlines(keepends=True):
             try:
                 entry = json.loads(line)
@@ -107,7 +108,7 @@ class Pack:
         self.rows_file = open(descriptor, "r+b", buffering=0)
         try:
             with cache_faults(self.folder):
-                fcntl.flock(self.rows_file, fcntl.LOCK_EX)
+                self.wait_for_lock()
                 if not self.read_index():
                     lines = [json.dumps(entry) + "\n" for entry in self.entries.values()]
                     self.index_path.write_text("".join(lines), encoding="utf-8")
@@ -121,6 +122,15 @@ class Pack:
                 self.commit()
         finally:
             self.rows_file.close()  # which gives the lock back
+
+    def wait_for_lock(self) -> None:
+        try:
+            fcntl.flock(self.rows_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if int(os.environ.get("WORLD_SIZE", 1)) == 1:  # several of torchrun's always wait
+                words = f"waiting for another process that fills {self.rows_path}"
+                print(words, file=sys.stderr)
+            fcntl.flock(self.rows_file, fcntl.LOCK_EX)
 
     def append(self, key: str, chunks: Iterable[bytes], **facts: Any) -> None:
         """Add an array, given as the bytes of its rows in some chunks"""
@@ -275,7 +285,7 @@ def shown_stream(container: Any) -> Any:
     then the largest.  Raises ValueError where there is none."""
     av = load_av()
     flags = av.stream.Disposition
-    aside = flags.attached_pic | flags.timed_thumbnails | flags.still_image
+    aside = flags.attached_pic | flags.timed_thumbnails | flags.still_image | flags.dependent
     streams = [s for s in container.streams.video if not s.disposition & aside]
     if not streams:
         raise ValueError("it holds no film")
@@ -486,6 +496,8 @@ def decode_into(pack: Pack, source: Source, resized: Callable, stop: Event) -> N
             pixels = np.ascontiguousarray(resized(frame, pack.row_shape[0]))
             with cache_faults(pack.folder):
                 spool.write(pixels)
+        if not spool.tell():
+            raise ValueError("it holds no picture")
         order, facts = regular_frames(timing, source.fps) if source.kind == "film" else (None, {})
         pack.append(source.key, read_rows(spool, pack.row_bytes, order), **facts)
     finally:

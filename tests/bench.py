@@ -171,7 +171,10 @@ def loader():
             picture.resize((320, 180), Image.BICUBIC).save(f"{folder}/{i}.jpg")
             frames.append(np.asarray(Image.open(f"{folder}/{i}.jpg").resize((256, 256))))
         np.save(f"{folder}/x.npy", np.stack(frames))
-        episode = data.Episode("a", "b", 5.0, {}, np.load(f"{folder}/x.npy", mmap_mode="r"))
+        Path(folder, "episodes.jsonl").write_text(
+            '{"id": "a", "instruction": "push it", "video": "x.npy", "fps": 5}')
+        os.environ["LAPA_CACHE"] = f"{folder}/cache"
+        (episode,) = data.open_dataset(folder, 256).episodes
         which = [(0, int(t)) for t in rng.integers(0, 190, 64)]
         jpeg = lambda t: np.asarray(Image.open(f"{folder}/{t}.jpg").convert("RGB").resize(
             (256, 256), Image.BILINEAR))

@@ -56,6 +56,8 @@ DEFECTS = {  # name: (field, what breaks episode b of 7 frames)
     "float video": ("video", video(np.ones((7, 8, 8, 3)))),
     "T that does not match": ("frames", lambda root, b: b.update(frames=8)),
     "one frame": ("video", one_frame),
+    "no frame": ("video", video(np.zeros((0, 8, 8, 3), np.uint8))),
+    "empty folder": ("video", lambda root, b: ((root / "b").mkdir(), b.update(video="b"))),
     "actions too short": ("actions", actions(5, 2)),
     "actions of no width": ("actions", actions(6, 0)),
     "flat actions": ("actions", actions(6)),

@@ -513,3 +513,20 @@ def test_a_number_of_codes_that_a_file_does_not_hold_is_refused(inside, tmp_path
 def test_official_replacement_ends_before_step_5000():
     steps = [step for step in range(6000) if quantize.replacement_due(step, official=True)]
     assert steps == [*range(10, 100, 10), *range(100, 1000, 100), *range(1000, 5000, 500)]
+
+
+def test_each_action_dimension_has_its_own_softness(vla):
+    """A Gaussian over neighbouring bins where these are nearly right, none for a gripper"""
+    edges = [np.linspace(0, 1, 257), np.array([-1.0, -1, 1]), np.array([-0.5, 0.5, 1.5])]
+    assert data.soft_widths(edges, 8.0) == [8.0, 0.0, 0.0] and data.soft_widths(edges, 0.0) == 0.0
+    rows = SEQUENCES.rows(["push", "left"], np.array([[5, 1, 0], [9, 0, 1]]), ACTION)
+    hidden = torch.randn(*rows["tokens"].shape, 32)
+    found, _ = vla.answer_loss(hidden, rows, ACTION, [2.0, 0.0, 0.0])
+    by_hand = []
+    for h, target, kind, mask in zip(hidden, rows["targets"], rows["target_kinds"], rows["mask"]):
+        logits = vla.action_head(h[mask & (kind == ACTION)]).log_softmax(-1)
+        move, *rest = target[mask & (kind == ACTION)].tolist()
+        wanted = torch.softmax(-0.5 * ((torch.arange(16) - move) / 2.0) ** 2, 0)
+        terms = [-(wanted * logits[0]).sum(), *(-logits[i + 1, t] for i, t in enumerate(rest))]
+        by_hand.append(sum(terms) / 3)
+    torch.testing.assert_close(found, sum(by_hand) / 2)
