@@ -12,8 +12,9 @@ import json
 import os
 import re
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ from tqdm import tqdm
 HEADERS = Lock()  # CPython 3.11 parses .npy headers wrongly when several threads do it at once
 PICTURES = (".jpg", ".jpeg", ".png")
 SPOOL = 16 << 20  # bytes of one video that are held in memory before they go to disk
+SMALL = 1 << 20  # bytes of a .npy that is read so fast that a second thread would not help
 COMMIT = 256 << 20  # bytes after which the index of a cache file is brought up to date
 
 
@@ -186,6 +188,7 @@ class Source:
     kind: str  # "film", "folder" or "array"
     fps: float | None
     pictures: list[Path] = field(default_factory=list)  # of a folder
+    size: int = 0  # bytes on disk
     key: str = ""
 
 
@@ -201,6 +204,7 @@ def open_source(path: Path, fps: float | None = None) -> Source:
     for part in source.pictures or [path]:
         status = part.stat()
         stamps.append((part.name, status.st_size, status.st_mtime_ns))
+    source.size = sum(size for _, size, _ in stamps)
     marks = repr((os.fspath(path), stamps, source.fps))
     source.key = hashlib.sha256(os.fsencode(marks)).hexdigest()[:24]
     return source
@@ -454,20 +458,36 @@ def fill_cache(pack: Pack, sources: list[Source], resized: Callable, name: str) 
         except Exception as error:  # a decoder may raise anything
             defects[source.key] = reason(error)
 
-    with pack.writing(), ThreadPoolExecutor(os.cpu_count()) as pool:
-        work = [
-            pool.submit(decode, source)
-            for key, source in missing.items()
-            if key not in pack.entries
-        ]
-        bar = tqdm(work, f"frames of {name}", disable=len(work) < 2, leave=False, mininterval=0.5)
-        try:
-            for done in bar:
-                done.result()
-        except BaseException:  # a fault of the machine, or Ctrl-C: start nothing more
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-            raise
+    with pack.writing():
+        waiting = deque(source for key, source in missing.items() if key not in pack.entries)
+        bar = tqdm(
+            total=len(waiting), desc=f"frames of {name}", disable=len(waiting) < 2, leave=False
+        )
+
+        def decode_waiting() -> None:
+            while not stop.is_set():
+                try:
+                    source = waiting.popleft()
+                except IndexError:
+                    return
+                decode(source)
+
+        # Threads that wait for Python's lock are slower than one: 490 against 330 us per array.
+        small = all(s.kind == "array" and s.size < SMALL for s in waiting)
+        threads = 1 if small else os.cpu_count() or 1
+        with ThreadPoolExecutor(threads) as pool:
+            work = [pool.submit(decode_waiting) for _ in range(threads)]
+            try:
+                while wait(work, timeout=0.5, return_when=FIRST_EXCEPTION).not_done:
+                    bar.update(bar.total - len(waiting) - bar.n)
+                    for thread in work:
+                        if thread.done():
+                            thread.result()
+            finally:  # of a fault of the machine, or of Ctrl-C, too: start nothing more
+                stop.set()
+                bar.close()
+        for thread in work:
+            thread.result()
     return defects
 
 

@@ -94,7 +94,7 @@ def test_image_codes_hold_no_file_open(make_dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(Tokenizer, "encode", None)  # nothing is left to be made
     data.add_codes(again, again.episodes, Tokenizer(), alone)
     for e, f in zip(dataset.episodes, again.episodes):
-        mean = data.to_float(e.frames).mean((1, 2, 3)) * 2 - 1
+        mean = data.to_float(np.array(e.frames)).mean((1, 2, 3)) * 2 - 1
         assert np.array_equal(e.codes[:, 0], (mean * 100 + 200).long()) and e.codes.shape == (3, 4)
         assert np.array_equal(e.codes, f.codes) and e.codes.dtype == np.uint16
 
