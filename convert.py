@@ -142,7 +142,7 @@ def message(file, where=None):
     return range(start, start + n)
 
 def read_stream(path):
-    """Walk a params file (formats section 1) -> {name: (dims, dtype, byte ranges)}.
+    """Walk a params file (docs/formats.md) -> {name: (dims, dtype, byte ranges)}.
 
     Raises ValueError that names the tensor where the file is cut short or holds something else."""
     found, twice, name = {}, [], "the beginning"

@@ -527,7 +527,7 @@ def opening_tags(tokenizer):
     return tags
 
 class Sequences:
-    """Instruction + image + answer -> one row of tokens (official layout, formats section 5).
+    """Instruction + image + answer -> one row of tokens (official layout, docs/formats.md).
 
     bos, text, <vision> image </vision>, <delta> codes </delta>, eos.  An answer is latent codes
     (`<delta>`), action bins (`<action>`) or plain text (a caption, no tags).  `length`: cut or pad

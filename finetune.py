@@ -52,7 +52,7 @@ PRESETS = {
 }
 
 def loss_of(model, rows, soft):
-    """Stage-3 loss (formats section 6): cross entropy of the action tokens.  -> loss, accuracy"""
+    """Stage-3 loss (paper 3.3): cross entropy of the action tokens.  -> loss, accuracy"""
     hidden = model(rows["tokens"], rows["kinds"], rows["images"])
     return model.answer_loss(hidden, rows, ACTION, soft)
 

@@ -57,7 +57,7 @@ class PEG(nn.Module):
         super().__init__()
         self.conv = nn.Conv3d(dim, dim, 3, groups=dim)
         # Ours: taps into the past start at zero.  Both frames are then seen alike, d is zero where
-        # nothing moves, and no constant part of d drowns the rest (README, deviations).
+        # nothing moves, and no constant part of d drowns the rest (docs/deviations.md, 7).
         with torch.no_grad():
             self.conv.weight[:, :, :2] = 0
 
@@ -381,7 +381,7 @@ def rotate(x, cos, sin):
     return (y * cos + swapped * sin).to(x.dtype)
 
 def rope_table(angle, rounded):
-    """Cosine and sine of angles; rounded: as official bf16 code makes them (formats section 2)"""
+    """Cosine and sine of angles; rounded: as official bf16 code makes them (docs/formats.md)"""
     stored = lambda x: x.bfloat16().float() if rounded else x
     return stored(stored(angle).cos()), stored(stored(angle).sin())
 

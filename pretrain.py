@@ -71,7 +71,7 @@ PRESETS = {
 }
 
 def loss_of(model, rows, kind, soft=0.0, official_text_mask=False):
-    """Stage-2 loss (formats section 6): 0.99 x cross entropy of the labels + 0.01 x that of the
+    """Stage-2 loss (paper 3.2, code): 0.99 x cross entropy of the labels + 0.01 x that of the
     tags around them and eos; for captions, whose labels are text, plain cross entropy.
 
     rows: a batch as made by data.Sequences.batch.  -> loss, share of labels predicted exactly"""

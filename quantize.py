@@ -169,7 +169,7 @@ def window_motion(episode, window):
     return total[later] - total[now]
 
 def report(model, train_set, held_out, window, out, seed=0):
-    """Report card on held-out episodes (method section 1) -> numbers, files written."""
+    """Report card on held-out episodes -> numbers, files written."""
     out, rng = Path(out), np.random.default_rng(seed)
     with common.refuse(f"--out {out}"):
         out.mkdir(parents=True, exist_ok=True)

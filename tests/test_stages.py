@@ -3,6 +3,7 @@ they share (options, checkpoints, resuming); the repository's own rules."""
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -602,3 +603,15 @@ def test_product_files_are_short():
     assert max(map(len, lines.values())) <= 700
     assert [f"{name}:{n}" for name, text in lines.items()
             for n, line in enumerate(text, 1) if len(line) > 100] == []
+
+
+def test_the_readme_tells_how_long_the_files_are_and_links_what_is_there():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    told = dict(re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", readme, re.MULTILINE))
+    there = {p.name: str(len(p.read_text(encoding="utf-8").splitlines())) for p in ROOT.glob("*.py")}
+    assert told == there
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    for page in pages:
+        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert link.startswith("http") or (page.parent / link).is_file(), (page, link)
+    assert len(readme.splitlines()) <= 200
