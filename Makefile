@@ -10,16 +10,19 @@ SEED   ?= 0
 # Folders may have blanks in their names: targets escape them, recipes quote them.
 empty :=
 comma := ,
+hash  := \#
 blank := $(empty) $(empty)
-target = $(subst $(blank),\ ,$(1))
+target = $(subst :,\:,$(subst $(blank),\ ,$(1)))
 quote  = '$(subst ','\'',$(1))'
-override DATA := $(if $(findstring $(blank),$(DATA)),$(DATA),$(DATA:/=))
+override DATA := $(if $(findstring $(blank),$(DATA)),$(DATA),$(patsubst ./%,%,$(DATA:/=)))
+$(foreach c,$(hash) ; = ? * | [ ],$(if $(findstring $(c),$(DATA)$(OUT)),$(error \
+  DATA=$(DATA) OUT=$(OUT): make cannot take $(c) in the name of a folder)))
 D   := $(call target,$(DATA))
 O   := $(call target,$(OUT))
 out  = $(call quote,$(OUT)/$(1))
 
 # Another dataset than the built-in one has no base phase, no instruction split and no rollouts.
-BUILTIN := $(filter data/tabletop data/human,$(DATA))
+BUILTIN := $(filter data/tabletop data/human,$(subst $(blank),_,$(DATA)))
 WHERE   ?= $(if $(BUILTIN),combination=seen)
 BASE    ?= $(if $(BUILTIN),$(OUT)/base)
 

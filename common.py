@@ -36,9 +36,15 @@ from tqdm import tqdm
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process needs none
 warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # our blocks write into no view
 
-for stream in (sys.stdout, sys.stderr):  # words that a terminal cannot show must not end a run
-    if hasattr(stream, "reconfigure"):
-        stream.reconfigure(errors="backslashreplace")
+MACHINE_FAULTS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # not of the file at hand
+
+def print_anything():
+    """Words that a terminal cannot show must not end a run: print their escapes"""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+print_anything()
 
 def fail(message):
     """Refuse bad input: one clear line and exit code 2."""
@@ -53,6 +59,8 @@ def refuse(what, kinds=(ValueError, OSError, TypeError)):
     try:
         yield
     except kinds as error:
+        if isinstance(error, OSError) and error.errno in MACHINE_FAULTS:
+            fail(f"{error.filename or what}: {error.strerror}")
         fail(f"{what}: {cause(error)}".partition("\n")[0])
 
 def cause(error):
@@ -60,6 +68,8 @@ def cause(error):
     of a checkpoint's, what the first process says that failed."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
+    if isinstance(error, OSError) and re.match(r"\d+ requested and \d+ written", str(error)):
+        return f"No space left on device ({error})"  # what numpy makes of it
     inner = error
     while inner is not None:
         if isinstance(inner, OSError) and inner.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
@@ -135,6 +145,33 @@ def parse_options(cls, argv, presets=None, positional=()):
         if name not in given:
             fail(f"--{name} is required: {comments.get(name, '')}")
     return cls(**{**presets.get(chosen, {}), **given}), set(given)
+
+def matching(rows, where, index, problems=()):
+    """The rows that fulfil `where`: "name=value,name=value", values compared as JSON (true, null, 5
+    equals 5.0) or, where they are no JSON, as text.  Refuses a condition that no row fulfils."""
+    part = r'([^,="]+)=("(?:[^"\\]|\\.)*"|.+?)(?:,(?=[^,="]+=)|$)'  # name=value or name="JSON text"
+    if where and not re.fullmatch(f"(?:{part})+", where):
+        fail(f"--where {where!r}: expected name=value, comma separated")
+    conditions = re.findall(part, where)
+    kept = [row for row in rows
+            if all(name in row and same_value(row[name], text) for name, text in conditions)]
+    if not kept and not problems:
+        unknown = [name for name, _ in conditions if not any(name in row for row in rows)]
+        fail(f"{index}: no episode" + (f" with {where}" if where else "")
+             + (f" (none has a field {unknown[0]!r})" if rows and unknown else ""))
+    return kept
+
+def same_value(value, text):
+    """Whether a JSON value is what the text says: numbers by value, True as true"""
+    try:
+        wanted = json.loads(text)
+    except ValueError:
+        wanted = text
+    if type(value) in (int, float) and type(wanted) in (int, float):
+        return value == wanted
+    if type(value) is type(wanted) and value == wanted:
+        return True
+    return str(value) == text
 
 @dataclasses.dataclass(kw_only=True)
 class TrainConfig:
@@ -450,16 +487,22 @@ def fingerprint(path):
                 digest.update(block)
     return digest.hexdigest()[:12]
 
-def lock_run(out):
-    """Open a run folder's log for this process alone, until it is closed or the process ends.
-    Refuses a folder that another run writes into."""
-    log = open(out / "metrics.jsonl", "a+", encoding="utf-8")
+def lock(file):
+    """Whether this process may write to an open file: no other one has locked it.  The lock is
+    given back when the process ends or closes any handle of that file."""
     try:
-        fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:  # some file systems have no locks
-        if error.errno in (errno.EAGAIN, errno.EACCES):
-            fail(f"--out {out}: another run is writing into this folder")
-    return log
+        return error.errno not in (errno.EAGAIN, errno.EACCES)
+    return True
+
+def refuse_busy(out):
+    """Before hours of other work: refuse a run folder that another run writes into"""
+    log = Path(out) / "metrics.jsonl"
+    if is_main_process() and log.is_file():
+        with refuse(f"--out {out}"), open(log, "a", encoding="utf-8") as file:
+            if not lock(file):
+                fail(f"--out {out}: another run is writing into this folder")
 
 class Run:
     """The output folder of a stage: metrics.jsonl, a progress bar, checkpoints, resuming (for which
@@ -471,10 +514,16 @@ class Run:
         self.meta = {"stage": stage, "model": shape.__dict__, "identity": identity,
                      "options": config.__dict__}
         self.start, self.found, self.numbers, self.signals = 0, None, {}, []
+        free = 1.0
         if processes.main:
             with refuse(f"--out {self.out}"):
                 self.out.mkdir(parents=True, exist_ok=True)
-                self.log = lock_run(self.out)
+                self.log = open(self.out / "metrics.jsonl", "a+", encoding="utf-8")
+            free = float(lock(self.log))
+        if processes.mean({"free": free})["free"] < 1:
+            if processes.main:
+                fail(f"--out {self.out}: another run is writing into this folder")
+            raise SystemExit(2)
         if (self.out / "latest").is_file():
             self.found, meta = open_checkpoint(self.out, "out", (stage,))
             self.start = meta["step"]
@@ -519,6 +568,10 @@ class Run:
         self.export = export or (lambda: ((n, whole(t)) for n, t in model.state_dict().items()))
         self.meta, self.files = self.meta | meta, files
         if self.found:
+            _, found = open_checkpoint(self.out, "out", (self.stage,))
+            if found.get("bins") != self.meta.get("bins"):
+                fail(f"--out {self.out} was made with other action bins than these options give: "
+                     "pass another --out")
             state = self.state()
             groups = state["optimizer"].pop("param_groups")  # rates and such are this run's own
             with refuse(f"--out {self.found}: cannot be continued",

@@ -31,10 +31,10 @@ from tqdm import tqdm
 
 import tabletop
 import video
-from common import (atomically, fail, is_main_process, latest, load_strictly, parse_options, refuse,
-                    to_json)
+from common import (atomically, fail, is_main_process, latest, load_strictly, matching,
+                    parse_options, refuse, to_json)
 from model import ACTION, END_OF_IMAGE, LATENT, TEXT, VISION, VQGAN, VQGANConfig
-from video import official_resize, resize
+from video import how_resampled, official_resize, resize
 
 # ------------------------------------------------------------------------ episodes
 @dataclass
@@ -95,7 +95,7 @@ def open_dataset(path, size, where="", actions_needed=False, official=False):
         episodes = []
         for row in rows:
             source = sources.get(row["id"])
-            bad = missing.get(row["id"]) or source and undecodable.get(source.key)
+            bad = undecodable.get(source.key) if source else missing[row["id"]]
             episode, defects = _load_episode(path, row, pack, source, bad, actions_needed)
             problems += [f"{index}: episode {row['id']!r}: field {text}" for text in defects]
             episodes.append(episode)
@@ -113,33 +113,6 @@ def open_dataset(path, size, where="", actions_needed=False, official=False):
         video.say_resampled(path, {e.id: pack.entries[e.key] for e in episodes})
     return Dataset(path, hashlib.sha256(index.read_bytes()).hexdigest()[:12], episodes)
 
-def matching(rows, where, index, problems=()):
-    """The rows that fulfil `where`: "name=value,name=value", values compared as JSON (true, null, 5
-    equals 5.0) or, where they are no JSON, as text.  Refuses a condition that no row fulfils."""
-    conditions = []
-    for part in re.split(r",(?=[^,=]+=)", where) if where else ():
-        name, equals, text = part.partition("=")
-        if not (name and equals and text):
-            fail(f"--where {where!r}: expected name=value, comma separated")
-        conditions.append((name, text))
-    kept = [row for row in rows
-            if all(name in row and _same(row[name], text) for name, text in conditions)]
-    if not kept and not problems:
-        unknown = [name for name, _ in conditions if not any(name in row for row in rows)]
-        fail(f"{index}: no episode" + (f" with {where}" if where else "")
-             + (f" (none has a field {unknown[0]!r})" if rows and unknown else ""))
-    return kept
-
-def _same(value, text):
-    """Whether a JSON value is what the text says: numbers by value, True as true"""
-    try:
-        wanted = json.loads(text)
-    except ValueError:
-        wanted = text
-    if type(value) in (int, float) and type(wanted) in (int, float):
-        return value == wanted
-    return type(value) is type(wanted) and value == wanted or str(value) == text
-
 def _read_rows(index):
     """-> rows that are JSON objects, and the defects that need no decoding"""
     rows, problems = {}, []
@@ -154,7 +127,7 @@ def _read_rows(index):
             row = None
         if not isinstance(row, dict):
             problems.append(f"{index}: line {number}: expected one JSON object")
-        elif not isinstance(row.get("id"), str) or not row["id"]:
+        elif not _is_text(row.get("id")):
             problems.append(f"{index}: line {number}: field id: expected a name")
         elif row["id"] in rows:
             problems.append(f"{index}: episode {row['id']!r}: field id: duplicate (line {number})")
@@ -177,12 +150,14 @@ def _look_at_videos(root, rows):
         try:
             path = _inside(root, row.get("video"))
             sources[row["id"]] = video.open_source(path, fps if _is_rate(fps) else None)
-        except OSError as error:
-            video.refuse_machine_faults(error, path)
-            missing[row["id"]] = video.reason(error)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
+            video.refuse_machine_faults(error, root)
             missing[row["id"]] = video.reason(error)
     return sources, missing
+
+def _is_text(value):
+    """Whether a JSON value is text that can be written; half of a surrogate pair cannot"""
+    return isinstance(value, str) and value.strip() and not re.search("[\ud800-\udfff]", value)
 
 def _is_rate(fps):
     return type(fps) in (int, float) and 0 < fps < 2**63
@@ -202,40 +177,43 @@ def _load_episode(root, row, pack, source, bad_video, actions_needed):
             fps = entry.get("fps")
     if row.get("actions") is not None:
         try:
-            path = _inside(root, row["actions"])
-            actions = _load_actions(path, T)
+            actions = _load_actions(_inside(root, row["actions"]), T)
         except Exception as error:
-            if isinstance(error, OSError):
-                video.refuse_machine_faults(error, path)
+            video.refuse_machine_faults(error, root)
             bad.append(f"actions: expected numbers [T-1 or T, A] in {row['actions']!r}: "
-                       f"{video.reason(error)}{video.how_resampled(entry)}")
+                       f"{video.reason(error)}{how_resampled(entry)}")
     elif actions_needed:
         bad.append("actions: missing, and this stage needs labelled episodes")
-    if not isinstance(instruction, str) or not instruction.strip():
+    if not _is_text(instruction):
         bad.append(f"instruction: expected words, found {instruction!r}")
-    if not _is_rate(fps) and not (fps is None and bad_video):
-        bad.append(f"fps: expected frames per second, found {fps!r}"
-                   + ", and the video does not say" * (not bad_video and row.get("fps") is None))
+    if fps is None and not bad_video:
+        bad.append("fps: expected frames per second, found None, and the video does not say")
+    elif fps is not None and not _is_rate(fps):
+        bad.append(f"fps: expected frames per second, found {fps!r}")
+    if "gaps" in entry and (actions is not None or captions is not None):
+        bad.append(f"video: actions and captions belong to single pictures{how_resampled(entry)}")
     if T is not None and T < 2:
         bad.append(f"video: {row['video']} holds one frame, expected at least 2")
     if T is not None and row.get("frames", T) != T:
         bad.append(f"frames: says {row.get('frames')!r}, but {row['video']} holds "
-                   f"{T}{video.how_resampled(entry)}")
+                   f"{T}{how_resampled(entry)}")
     if T is not None and captions is not None and not (
             isinstance(captions, list) and [type(c) for c in captions] == [str] * T):
-        bad.append(f"captions: expected a list of {T} strings{video.how_resampled(entry)}")
+        bad.append(f"captions: expected a list of {T} strings{how_resampled(entry)}")
     if bad:
         return None, bad
     episode = Episode(row["id"], instruction.strip(), float(fps), row, frames, actions, source.key)
     return episode, bad
 
 def _load_actions(path, T):
-    actions = np.load(path).astype(np.float32, casting="same_kind")
+    with np.errstate(over="ignore"):  # too large for float32: infinity
+        actions = np.load(path).astype(np.float32, casting="same_kind")
     if actions.ndim != 2 or actions.shape[1] == 0 or T and len(actions) not in (T - 1, T):
         raise ValueError(f"found shape {actions.shape}, T is {T or 'unknown'}")
     broken = np.flatnonzero(~np.isfinite(actions).all(1))
     if len(broken):
-        raise ValueError(f"found NaN or infinity, first in row {broken[0]}")
+        raise ValueError(f"found NaN, infinity or what is too large for float32, first in row "
+                         f"{broken[0]}")
     return actions
 
 # ------------------------------------------------------------------------ frames and their codes
@@ -259,6 +237,7 @@ def load_vqgan(path, option, device, shape):
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         vqgan = VQGAN(VQGANConfig(**config["vqgan"]))
         vqgan.file = folder / "vqgan.safetensors"
+        vqgan.mark = hashlib.sha256(vqgan.file.read_bytes()).hexdigest()[:12]
         load_strictly(vqgan, load_file(vqgan.file))
         found = 2 ** (len(vqgan.config.multipliers) - 1), vqgan.config.codebook_size
         if found[0] != patch or not found[1] <= END_OF_IMAGE < shape["vision_vocab"]:
@@ -270,11 +249,10 @@ def add_codes(dataset, episodes, vqgan, processes, most=1 << 16):
     """Give episodes of a dataset the codes of their frames, uint16 [T, N] memory-mapped: made once,
     each process its share, and kept in a packed cache under the VQGAN's hash.  most: frames whose
     codes are held in memory before they are written"""
-    mark = hashlib.sha256(vqgan.file.read_bytes()).hexdigest()[:12]
     size = vqgan.config.image_size
     patches = (size // 2 ** (len(vqgan.config.multipliers) - 1)) ** 2
     try:
-        path = video.cache_file(f"codes_{mark}_{size}", dataset.path)
+        path = video.cache_file(f"codes_{vqgan.mark}_{size}", dataset.path)
         pack = video.Pack(path, (patches,), "uint16")
         missing = {e.key: e for e in episodes if e.key not in pack.entries}
         ours = list(missing.values())[processes.rank::processes.world]
@@ -403,9 +381,9 @@ def fit_bins(actions, bins=256, binary=""):
     edges = []
     for a in range(A):
         column = actions[:, a].astype(np.float64)
-        values = np.unique(column)
+        values = distinct_values(column)
         if str(a) in two:
-            edges.append(binary_bins(a, values, bins))
+            edges.append(binary_bins(a, column, values, bins))
         elif len(values) == 1:
             edges.append(values)
         elif len(values) <= min(FEW, bins):
@@ -413,6 +391,16 @@ def fit_bins(actions, bins=256, binary=""):
         else:
             edges.append(quantile_edges(column, bins))
     return edges
+
+def distinct_values(column):
+    """The distinct values of a column, in rising order.  Where these are a few heaps that only the
+    rounding of float32 spreads (1 and 0.9999999), the most frequent one of each"""
+    values, counts = np.unique(column, return_counts=True)
+    rounding = 1e-6 * np.abs(values).max()
+    heaps = np.split(np.arange(len(values)), np.flatnonzero(np.diff(values) > rounding) + 1)
+    if len(heaps) > FEW or any(np.ptp(values[heap]) > rounding for heap in heaps):
+        return values
+    return np.array([values[heap[counts[heap].argmax()]] for heap in heaps])
 
 def quantile_edges(column, bins):
     """Edges of up to `bins` bins of equal count, as pandas' qcut cuts them: duplicate edges are
@@ -424,43 +412,48 @@ def bins_of_values(values):
     that stands twice marks an array of values."""
     return np.concatenate([values[:1], values])
 
-def binary_bins(a, values, bins):
-    """Bins of dimension `a`, which --binary names, given its distinct values: the official edges,
-    which decode to 0 and 1, if there are no others or more than a few in between; one bin for each
-    of a few other values.  Refuses many values outside 0 to 1."""
+def binary_bins(a, column, values, bins):
+    """Bins of dimension `a`, which --binary names, given its column and its distinct values: the
+    official edges, which decode to 0 and 1, for these and for more than a few in between; one bin
+    for each of a few other values, or for each of two heaps.  Refuses anything else."""
     few = len(values) <= min(FEW, bins)
-    if not few and (values[0] < 0 or values[-1] > 1):
-        fail(f"--binary {a}: dimension {a} has {len(values)} values from {values[0]:g} to "
-             f"{values[-1]:g}, expected 0 and 1 or values in between")
-    if not few or {*values} <= {0.0, 1.0}:
+    if {*values} <= {0.0, 1.0} or not few and values[0] > -0.1 and values[-1] < 1.1:
         return np.array([-0.5, 0.5, 1.5])
-    return bins_of_values(values) if len(values) > 1 else values
+    if few:
+        return bins_of_values(values) if len(values) > 1 else values
+    high = column > (values[0] + values[-1]) / 2
+    heaps = np.median(column[~high]), np.median(column[high])
+    if np.abs(column - np.where(high, *heaps[::-1])).mean() > 0.05 * np.ptp(values):
+        fail(f"--binary {a}: dimension {a} has {len(values)} values from {values[0]:g} to "
+             f"{values[-1]:g}, expected two, or values between 0 and 1")
+    return bins_of_values(np.array(heaps))
 
 def describe_bins(edges, actions):
     """How many bins each dimension has, and what the rows float [M, A] lose in them, in words"""
-    said = []
+    said, errors = [], np.abs(from_bins(to_bins(actions, edges), edges) - actions).mean(0)
     for a, e in enumerate(edges):
-        values, count = np.unique(actions[:, a].astype(np.float64)), max(1, len(e) - 1)
-        exact = from_bins(to_bins(actions, edges), edges)[:, a] == actions[:, a]
-        if exact.all():
-            said.append(f"{count} (one for each value)" if count > 1 else
-                        f"1 (always {values[0]:g})")
+        values, count = distinct_values(actions[:, a].astype(np.float64)), max(1, len(e) - 1)
+        if errors[a] > 1e-6 * np.abs(actions[:, a]).max():
+            said.append(f"{count} for {len(values)} values (off by {errors[a]:.2g} on average)")
         else:
-            said.append(f"{count} (for {len(values)} values)")
+            said.append(f"{count} (one per value)" if count > 1 else f"1 (always {values[0]:g})")
     return "bins per dimension: " + ", ".join(said)
 
-def refuse_other_values(edges, actions, whose):
-    """Refuse actions float [M, A] of few values (a gripper's -1 and 1) that bins which were made
-    from other data (0 and 1) would turn into other values"""
+def refuse_other_values(edges, actions, whose, guessed=False):
+    """Refuse actions float [M, A] that bins made from other data would turn into other values: a
+    gripper's -1 and 1 where these are for 0 and 1, millimeters where they are for meters.
+
+    guessed: the bins come from guesses of the same actions, so only few values are refused"""
     decoded = from_bins(to_bins(actions, edges), edges)
     for a in range(len(edges)):
         values = np.unique(actions[:, a])
-        gap = np.abs(decoded[:, a] - actions[:, a]).max()
-        if len(values) <= FEW and gap > 0.1 * max(np.ptp(values), np.ptp(edges[a]), 1e-9):
-            shown = " and ".join(", ".join(f"{v:g}" for v in np.unique(rows[:, a]))
-                                 for rows in (actions, decoded))
-            fail(f"{whose}: its bins turn the values of dimension {a} into others ({shown}): scale "
-                 "them as in pretraining")
+        error = np.sqrt(((decoded[:, a] - actions[:, a]) ** 2).mean())
+        if error > 0.5 * max(actions[:, a].std(), 0.001 * np.ptp(edges[a]), 1e-9):
+            if not guessed or len(values) <= FEW:
+                shown = " becomes ".join(f"{rows[:, a].min():g} to {rows[:, a].max():g}"
+                                         for rows in (actions, decoded))
+                fail(f"{whose}: its bins were made for other values of dimension {a}: {shown}; "
+                     "scale the actions as in pretraining, or pretrain on these")
 
 def soft_widths(edges, soft):
     """The width `soft` for each dimension, 0 where there are so few bins that none is nearly right:
@@ -517,7 +510,7 @@ def read_tokenizer(folder):
     """tokenizer.json of a dataset or of a checkpoint of stage 2 or 3, in the library's format"""
     path = latest(folder) / "tokenizer.json"
     with refuse(f"{path}: no tokenizer", Exception):  # the library raises nothing more precise
-        return Tokenizer.from_file(str(path))
+        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
 
 def opening_tags(tokenizer):
     """Vocabulary -> the token behind which its answers begin; refuses a tokenizer that spells it"""
@@ -525,6 +518,9 @@ def opening_tags(tokenizer):
     if None in tags.values():
         fail("--like_tag: the tokenizer has no token for <delta> or <action>")
     return tags
+
+class NoKnownWord(ValueError):
+    """Text that a tokenizer cannot read"""
 
 class Sequences:
     """Instruction + image + answer -> one row of tokens (official layout, docs/formats.md).
@@ -551,14 +547,19 @@ class Sequences:
         return opening + [0] * self.image_tokens + closing, \
             [TEXT] * len(opening) + [VISION] * self.image_tokens + [TEXT] * len(closing)
 
-    def unknown_words(self, text):
-        """-> the words of a text that the tokenizer reads as <unk>; whether it knows any other"""
+    def unknown_words(self, text, tags=False):
+        """-> the words of a text that the tokenizer reads as <unk>; whether it knows any other.
+        Raises NoKnownWord for text that is none or, unless `tags`, holds a token of control."""
+        if not _is_text(text):
+            raise NoKnownWord(f"expected words, found {text!r}")
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
         unknown, known = [], False
         for token, (start, end) in zip(encoding.tokens, encoding.offsets):
             word = text[start:end]
             if token == "<unk>":
                 unknown.append(word)
+            elif token in SPECIAL and not tags:
+                raise NoKnownWord(f"{text!r} holds {token}, which is no word")
             elif re.search(r"\w", word):
                 known = True
         return unknown, known
@@ -571,6 +572,9 @@ class Sequences:
         if self.length:
             self.check_length(episodes, answers, kind)
         self.check_words([e.instruction for e in episodes])
+        if kind == TEXT:
+            captions = [text for rows in answers for text in rows if text.strip()]
+            self.check_words(captions, tags=True)
 
     def check_length(self, episodes, answers, kind):
         lost, needed, cut, first = [], 0, 0, None
@@ -583,7 +587,7 @@ class Sequences:
                 counts = np.full(len(rows), rows.shape[1])
                 whole = prompt + counts + len(self.words(TAGS[kind][1])) + 1
             needed = max(needed, whole.max() - 1)  # the first token is no target
-            if prompt > self.length:
+            if prompt + self.official_cut > self.length:  # whose mask ends one token earlier
                 lost.append(e.id)
             elif count := int((whole > self.length + 1).sum()):
                 cut, first = cut + count, first or e.id
@@ -595,26 +599,22 @@ class Sequences:
             print(f"--length {self.length} cuts the end of {cut} rows (first: episode {first!r}; "
                   f"whole rows take up to {needed} tokens)")
 
-    def check_words(self, instructions):
-        """Say once which words the tokenizer does not know; refuse where it knows none at all"""
+    def check_words(self, texts, tags=False):
+        """Say once which words the tokenizer does not know.  Raises NoKnownWord if it knows none"""
         unknown, any_known = {}, False
-        for text in dict.fromkeys(instructions):
-            words, known = self.unknown_words(text)
+        for text in dict.fromkeys(texts):
+            words, known = self.unknown_words(text, tags)
             unknown.update(dict.fromkeys(words))
             any_known = any_known or known
         if not any_known:
-            text = next(iter(instructions), "")
-            if not text.strip():
-                raise ValueError("expected words")
-            raise ValueError("the tokenizer knows none of the words "
-                             + (repr(text) if len(text) < 60 else repr(text[:60]) + " ..")
-                             + " nor of any other instruction" * (len(set(instructions)) > 1))
-        fresh = [word for word in unknown if word not in self.said]
-        self.said.update(fresh)
+            text = next(iter(texts), "")
+            shown = repr(text if len(text) < 60 else text[:60] + " ..")
+            raise NoKnownWord(f"the tokenizer knows none of the words in {shown}")
+        fresh = [repr(word) for word in unknown if word not in self.said]
+        self.said.update(unknown)
         if fresh and is_main_process():
             more = f" and {len(fresh) - 10} more" if len(fresh) > 10 else ""
-            print("words that the tokenizer does not know (read as <unk>): "
-                  + ", ".join(map(repr, fresh[:10])) + more)
+            print(f"words unknown to the tokenizer (read as <unk>): {', '.join(fresh[:10])}{more}")
 
     def rows(self, instructions, answers, kind, codes=None):
         """Training rows, right-padded (with id 1, as official) and shifted by one.
@@ -678,7 +678,8 @@ def make_tabletop(options):
                     if options.scenes else tabletop.record(options, draft))
         lines = "".join(to_json(row) + "\n" for row in rows)
         (draft / "episodes.jsonl").write_text(lines, encoding="utf-8")
-        train_tokenizer(tabletop.vocabulary()).save(str(draft / "tokenizer.json"))
+        words = train_tokenizer(tabletop.vocabulary()).to_str()
+        (draft / "tokenizer.json").write_text(words, encoding="utf-8")
     videos = {row["video"]: row["frames"] for row in rows}
     print(f"wrote {out}: {len(rows)} episodes, {sum(videos.values())} frames")
 

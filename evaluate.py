@@ -9,6 +9,8 @@ A policy is a finetune run, or `expert` or `random`.  "seen" episodes use instru
 combinations that the labelled few may show, "unseen" ones the rest (see tabletop.tasks)."""
 
 import json
+import os
+import re
 import sys
 import textwrap
 import time
@@ -42,9 +44,9 @@ class EvaluateConfig:
 # ------------------------------------------------------------------------ policies
 class Policy:
     """A VLA as a function: images uint8 [B, H, W, 3] and instructions -> actions [B, A], or latent
-    actions, int [B, K], where it has not been finetuned.  Raises ValueError for an instruction of
-    which it knows no word.  compiled: for control loops; compiles
-    anew for another number of images, or of the prompt's tokens in steps of 16"""
+    actions, int [B, K], where it has not been finetuned.  Raises data.NoKnownWord for instructions
+    of which it knows no word.  compiled: for control loops; compiles anew for another number of
+    images, or of the prompt's tokens in steps of 16"""
 
     def __init__(self, path, option="policies", stages=("finetune",), bf16=False, compiled=False):
         weights, meta = common.load_checkpoint(path, option, stages)
@@ -61,6 +63,7 @@ class Policy:
             self.model.compile_decode()
         tokenizer = data.read_tokenizer(path)
         self.sequences = data.Sequences(tokenizer, self.model.config.image_tokens, meta["template"])
+        self.checked = set()  # instructions
         self.kind = ACTION if self.model.config.action_vocab else LATENT
         self.edges = [np.array(e) for e in meta.get("bins", ())]
         self.length = len(self.edges) or meta.get("code_len", 4 if self.kind == LATENT else 7)
@@ -69,8 +72,9 @@ class Policy:
         self.vqgan = data.load_vqgan(path, option, self.device, meta["model"])
 
     def __call__(self, images, instructions):
-        for text in dict.fromkeys(instructions):
+        for text in set(instructions) - self.checked:
             self.sequences.check_words([text])
+            self.checked.add(text)
         resize = data.official_resize if self.vqgan else data.resize
         frames = np.stack([resize(image, self.model.config.image_size) for image in images])
         pictures, codes = data.to_float(frames, self.device) * 2 - 1, None
@@ -86,7 +90,7 @@ def open_policies(text, **how):
     """"LAPA=runs/a,RANDOM=random" -> {name: Policy, "expert" or "random"}; refuses what has no
     checkpoint or another action width than the table top's 2"""
     policies = {}
-    for part in text.split(","):
+    for part in re.split(r",(?=[^,=]+=)", text):
         name, _, path = part.partition("=")
         if not (name and path) or name in policies:
             common.fail(f"--policies {part!r}: expected name=finetune run, each name once")
@@ -111,7 +115,7 @@ def rollout(policy, c, split, first, count):
         elif policy == "random":
             action = rng.uniform(-1, 1, (count, 2))
         else:
-            with common.refuse("--policies", (ValueError,)):
+            with common.refuse("--policies", (data.NoKnownWord,)):
                 action[live] = policy(obs["image"][live], [obs["instruction"][i] for i in live])
         obs, _, _, _, info = env.step(action)
         film.append(obs["image"][:c.film])
@@ -128,6 +132,7 @@ def evaluate(c):
     with common.refuse("rollouts"):
         for split in splits:
             tabletop.TableTop(1, c.embodiment, c.look, split)
+    with common.refuse(f"--out {c.out}"):
         Path(c.out).mkdir(parents=True, exist_ok=True)
     arms, films, began = {name: {} for name in policies}, {}, time.time()
     for name, policy in policies.items():
@@ -211,7 +216,8 @@ def predict(c):
     policy = Policy(c.policy, "policy", ("pretrain", "finetune"), c.bf16)
     began = time.time()
     with common.refuse(f"--instruction {c.instruction!r}", (ValueError,)):
-        (answer,) = policy([image], [c.instruction])
+        text = os.fsencode(c.instruction).decode()  # UTF-8, whatever the locale says
+        (answer,) = policy([image], [text])
     what = "latent action" if policy.kind == LATENT else "action" if policy.edges else "action bins"
     print(f"{what}: {answer.tolist()} ({time.time() - began:.3f} s)")
 

@@ -109,11 +109,13 @@ def choose_bins(c, meta, few):
     if len(edges) != width:
         common.fail(f"{c.data}: actions have width {width}, --init_from {c.init_from} was "
                     f"trained on width {len(edges)}")
-    data.refuse_other_values(edges, actions, f"--init_from {c.init_from}")
+    data.refuse_other_values(edges, actions, f"--init_from {c.init_from}",
+                             guessed=meta["labels"] == "idm")
     return edges
 
 def train(c, given):
     processes = common.Processes()
+    common.refuse_busy(c.out)
     mine = processes.share(c)
     weights, meta = common.load_checkpoint(c.init_from, "init_from", ("pretrain",))
     tokenizer, shape = data.read_tokenizer(c.init_from), meta["model"]
@@ -140,7 +142,8 @@ def train(c, given):
     with common.refuse(c.data):
         sequences.check(few, bins, ACTION)
     run = common.Run(c, processes, "finetune", model.config,
-                     dataset=dataset.fingerprint, init_from=common.fingerprint(c.init_from))
+                     dataset=dataset.fingerprint, init_from=common.fingerprint(c.init_from),
+                     vqgan=vqgan and vqgan.mark)
     model.action_embed.weight.requires_grad_(not c.freeze_table)
     groups = model.parameter_groups(c.lr, c.head_lr, fresh, c.freeze_vision)
     optimizer = common.make_optimizer(groups, betas=(0.9, 0.95), weight_decay=0.0)

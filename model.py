@@ -36,6 +36,7 @@ class LAQConfig:
     quant_dim: int = 32
     codebook_size: int = 8
     code_len: int = 4  # codes a pair: 8^4 = 4096 latent actions
+    code_relu: bool = False  # ReLU after the only convolution of such a code (runs of old had it)
     codebook_init: float = 1.0  # standard deviation of fresh codebook entries (official 1)
     residual: bool = False  # the decoder draws x_{t+H} - x_t (official: x_{t+H} itself)
     official_peg: bool = False  # temporal PEG takes (b h w) t d memory for b t h w d
@@ -176,15 +177,16 @@ class PositionBias(nn.Module):
         dy, dx = (at[:, None] - at[None] + g - 1).unbind(-1)  # N N
         return table[:, dy * (2 * g - 1) + dx][None]
 
-def code_cnn(grid, code_len, q):
+def code_cnn(grid, code_len, q, relu=False):
     """The CNN that turns a grid of patches into `code_len` vectors (paper silent; code).
 
-    A stride-2 convolution halves the grid; what remains to be done depends on code_len.
+    A stride-2 convolution halves the grid; what remains to be done depends on code_len.  relu: see
+    LAQConfig.
     Raises ValueError for a grid that cannot give code_len vectors."""
     down = lambda: nn.Conv2d(q, q, 3, stride=2, padding=1)
     valid = {1: (4, 4), 2: (3, 4), 4: (3, 3)}  # kernels that leave 1x1, 1x2, 2x2 of a 4x4 map
     if math.ceil(grid / 2) ** 2 == code_len:  # official at 64 and 256 codes; ours on small grids
-        return nn.Sequential(down())
+        return nn.Sequential(down(), nn.ReLU()) if relu else nn.Sequential(down())
     if math.ceil(grid / 2) == 4 and code_len in valid:
         return nn.Sequential(down(), nn.ReLU(), nn.Conv2d(q, q, valid[code_len]))
     if math.ceil(grid / 4) ** 2 == code_len:  # official at 16 codes
@@ -209,7 +211,7 @@ class Quantizer(nn.Module):
         self.c = c
         self.project_in = nn.Linear(c.dim, c.quant_dim)
         self.project_out = nn.Linear(c.quant_dim, c.dim)
-        self.cnn = code_cnn(c.grid, c.code_len, c.quant_dim)
+        self.cnn = code_cnn(c.grid, c.code_len, c.quant_dim, c.code_relu)
         self.codebook = nn.Parameter(torch.randn(c.codebook_size, c.quant_dim) * c.codebook_init)
         self.register_buffer("uses", torch.zeros(c.codebook_size))
 

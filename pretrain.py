@@ -141,7 +141,10 @@ def answers_for(c, processes, dataset, train_set, held_out):
                         "missing, and --labels caption needs it")
         answers, kept = [e.info["captions"] for e in both], {}
     elif c.labels == "latent":
-        path = Path(c.latents or Path(c.laq) / "labels.safetensors")
+        run = Path(c.laq)  # or a checkpoint in it
+        if not (run / "labels.safetensors").is_file() and common.latest(run.parent) == run:
+            run = run.parent
+        path = Path(c.latents or run / "labels.safetensors")
         mark = common.fingerprint(common.open_checkpoint(c.laq, "laq", ("quantize",))[0])
         answers, kept = data.load_labels(path, dataset, both)
         marks["latents"] = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
@@ -164,7 +167,11 @@ def answers_for(c, processes, dataset, train_set, held_out):
                 processes.say("inverse dynamics R2 on held-out episodes:",
                               [r if r is None else round(r, 3) for r in r2])
         known = np.concatenate(actions[:len(train_set)])
-        edges = data.fit_bins(known, c.bins, c.binary)
+        edges = data.fit_bins(known, c.bins, c.binary if c.labels == "action" else "")
+        if c.labels == "idm":  # a gripper's guesses are no values of their own
+            true = np.concatenate([e.actions for e in few])
+            edges = [e if len(e) <= data.FEW + 1 else guessed for guessed, e in
+                     zip(edges, data.fit_bins(true, c.bins, c.binary))]
         processes.say(data.describe_bins(edges, known))
         answers = [data.to_bins(a, edges) for a in actions]
         kept = {"bins": [list(e) for e in edges]}
@@ -208,6 +215,7 @@ def train(c, given):
     if c.labels == "latent" and not c.laq:
         common.fail("--labels latent needs --laq, the quantize run that made them")
     processes, kind = common.Processes(), KINDS[c.labels]
+    common.refuse_busy(c.out)
     mine = processes.share(c)
     for name in sorted(given & {"text_vocab", "latent_vocab", "action_vocab"}):
         common.fail(f"--{name}: follows from the tokenizer, the labels or --bins")
@@ -234,7 +242,8 @@ def train(c, given):
         sequences.check(train_set + held_out, answers + held_answers, kind)
     run = common.Run(c, processes, "pretrain", model.config,
                      dataset=dataset.fingerprint, laq=kept.get("laq"), window=kept.get("window"),
-                     **marks, init_from=common.fingerprint(c.init_from) if c.init_from else None)
+                     **marks, vqgan=vqgan and vqgan.mark,
+                     init_from=common.fingerprint(c.init_from) if c.init_from else None)
     groups = model.parameter_groups(c.lr, c.head_lr, fresh, c.freeze_vision and c.init_from)
     optimizer = common.make_optimizer(groups, betas=(0.9, 0.95), weight_decay=0.0)
     meta = {"labels": c.labels, "template": c.template, **kept}

@@ -84,6 +84,10 @@ def make_optimizer(model, c):
 
 def train(c):
     processes = common.Processes()
+    common.refuse_busy(c.out)
+    if (Path(c.out) / "latest").is_file():
+        meta = common.open_checkpoint(c.out, "out", ("quantize",))[1]
+        c.code_relu = laq_shape(meta)["code_relu"]
     shape = LAQConfig(**{f.name: getattr(c, f.name) for f in fields(LAQConfig)})
     torch.manual_seed(c.seed)
     with common.refuse("network"):
@@ -250,11 +254,16 @@ class ApplyConfig:
     bf16: bool = False  # bfloat16 arithmetic; unless named: as the LAQ was trained
     seed: int = 0
 
+def laq_shape(meta):
+    """A checkpoint's network.  Our own ones that do not tell have the ReLU of older code."""
+    shape = meta["model"]
+    return {"code_relu": not shape.get("official_peg", False), **shape}
+
 def load_laq(path, option="laq"):
     """A checkpoint's LAQ, in evaluation mode, and its meta"""
     weights, meta = common.load_checkpoint(path, option, ("quantize",))
     with common.refuse(f"--{option} {path}"):
-        model = LAQ(LAQConfig(**meta["model"]))
+        model = LAQ(LAQConfig(**laq_shape(meta)))
         common.load_strictly(model, weights)
     return model.to(common.Processes().device).eval(), meta
 

@@ -5,7 +5,6 @@ pictures, or a .npy of uint8 [T, H, W, 3].  The frames of all episodes of a data
 another in a single file below $LAPA_CACHE (default .cache), so that an open dataset holds one file
 and one memory mapping, however many episodes it has."""
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -26,8 +25,11 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from common import MACHINE_FAULTS, atomically
+
 HEADERS = Lock()  # CPython 3.11 parses .npy headers wrongly when several threads do it at once
-PICTURES = (".jpg", ".jpeg", ".png")
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+NO_TIMESTAMPS = 0x80  # FFmpeg's mark of formats that only count pictures (AVFMT_NOTIMESTAMPS)
 SPOOL = 16 << 20  # bytes of one video that are held in memory before they go to disk
 SMALL = 1 << 20  # bytes of a .npy that is read so fast that a second thread would not help
 COMMIT = 256 << 20  # bytes after which the index of a cache file is brought up to date
@@ -48,10 +50,12 @@ def cache_faults(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def refuse_machine_faults(error: OSError, path: Path) -> None:
+def refuse_machine_faults(error: Exception, path: Path) -> None:
     """Raise MachineFault where reading a file failed for want of descriptors or memory"""
-    if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
-        raise MachineFault(f"{path}: {os.strerror(error.errno)}") from None
+    if isinstance(error, OSError) and error.errno in MACHINE_FAULTS:
+        raise MachineFault(f"{error.filename or path}: {os.strerror(error.errno)}") from None
+    if isinstance(error, MemoryError):
+        raise MachineFault(f"{path}: out of memory") from None
 
 
 def write_all(file: BinaryIO, block: bytes) -> int:
@@ -113,7 +117,8 @@ class Pack:
                 self.wait_for_lock()
                 if not self.read_index():
                     lines = [json.dumps(entry) + "\n" for entry in self.entries.values()]
-                    self.index_path.write_text("".join(lines), encoding="utf-8")
+                    with atomically(self.index_path) as draft:
+                        draft.write_text("".join(lines), encoding="utf-8")
                 ends = [entry["first"] + entry["count"] for entry in self.entries.values()]
                 self.end = self.committed = max(ends, default=0)  # in rows
                 self.rows_file.truncate(self.end * self.row_bytes)
@@ -174,7 +179,7 @@ def cache_file(kind: str, dataset: Path) -> Path:
     """Where the packed cache of a dataset is, without the endings .bin and .jsonl"""
     place = str(dataset.resolve())
     mark = hashlib.sha256(os.fsencode(place)).hexdigest()[:8]
-    return Path(os.environ.get("LAPA_CACHE", ".cache")) / kind / f"{Path(place).name}-{mark}"
+    return Path(os.environ.get("LAPA_CACHE") or ".cache") / kind / f"{Path(place).name}-{mark}"
 
 
 # ------------------------------------------------------------------------ sources of frames
@@ -215,9 +220,11 @@ def pictures_in(folder: Path) -> list[Path]:
     archives of a Mac hold a `._0.jpg` beside each `0.jpg`."""
 
     def natural(path: Path) -> list:
-        return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
+        return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
 
-    found = [path for path in folder.iterdir() if path.suffix.lower() in PICTURES]
+    with os.scandir(folder) as entries:
+        files = [Path(entry.path) for entry in entries if entry.is_file()]
+    found = [path for path in files if path.suffix.lower() in PICTURES]
     return sorted((path for path in found if not path.name.startswith(".")), key=natural)
 
 
@@ -230,7 +237,9 @@ def read_picture(path: Path) -> np.ndarray:
             values = np.asarray(upright)
             if upright.mode.startswith("F") or values.min() < 0 or values.max() > 65535:
                 raise ValueError(f"its values do not fit into 16 bits (mode {upright.mode})")
-            grey = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)  # 65535 -> 255
+            deep = upright.mode != "I" or picture.format == "PNG" or values.max() > 255
+            grey = (values.astype(np.uint32) + 128) // 257 if deep else values  # 65535 -> 255
+            grey = grey.astype(np.uint8)
             return np.repeat(grey[..., None], 3, axis=2)
         return np.asarray(upright.convert("RGB"))
 
@@ -240,16 +249,14 @@ def frames_of_folder(source: Source) -> Iterator[np.ndarray]:
         try:
             frame = read_picture(path)
         except Exception as error:  # Pillow raises several kinds for broken files
-            if isinstance(error, OSError):
-                refuse_machine_faults(error, path)
+            refuse_machine_faults(error, path)
             raise ValueError(f"{path.name}: {reason(error)}") from None
         yield frame
 
 
 def frames_of_array(source: Source) -> Iterator[np.ndarray]:
-    large = source.path.stat().st_size > SPOOL
     with HEADERS:
-        frames = np.load(source.path, mmap_mode="r" if large else None)
+        frames = np.load(source.path, mmap_mode="r" if source.size > SMALL else None)
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
         raise ValueError(f"{frames.dtype} {frames.shape}, expected uint8 (T, H, W, 3)")
     yield from frames
@@ -262,16 +269,25 @@ class Timing:
 
     pictures: list[float | None] = field(default_factory=list)  # seconds; None: the file is silent
     packets: list[float | None] = field(default_factory=list)  # the same, of its compressed parts
+    timed: bool = True  # the format has time stamps
     nominal: float = 0.0  # pictures per second that the file names; 0: none
+    promised: int = 0  # pictures that the file has a packet for each; 0: unknown
 
     def times(self) -> np.ndarray | None:
-        """Rising times of all pictures in seconds, or None.  Some files (avi) say when each picture
-        is decoded, not when it is shown; with one packet per picture that tells as much."""
-        for stamps in (self.pictures, self.packets):
-            if len(stamps) == len(self.pictures) and None not in stamps:
-                times = np.array(stamps, float)
-                if (np.diff(times) > 0).all():
-                    return times
+        """Times of all pictures in seconds, in order, or None where the file does not say.  Some
+        files (avi) say when each picture is decoded, not when it is shown; with one packet per
+        picture that tells as much.  Raises ValueError for times that run backwards."""
+        told = [
+            np.array(stamps, float)
+            for stamps in (self.pictures, self.packets)
+            if len(stamps) == len(self.pictures) and None not in stamps
+        ]
+        for times in told:
+            if (np.diff(times) >= 0).all():
+                return times
+        if told:
+            at = int(np.flatnonzero(np.diff(told[0]) < 0)[0]) + 2
+            raise ValueError(f"its time stamps run backwards at picture {at}")
         return None
 
 
@@ -281,6 +297,7 @@ def load_av() -> Any:
         import av
     except ImportError:
         raise MachineFault("reading films needs PyAV (pip install av)") from None
+    av.logging.set_level(av.logging.ERROR)  # what frames_of_film listens to
     return av
 
 
@@ -290,9 +307,10 @@ def shown_stream(container: Any) -> Any:
     av = load_av()
     flags = av.stream.Disposition
     aside = flags.attached_pic | flags.timed_thumbnails | flags.still_image | flags.dependent
-    streams = [s for s in container.streams.video if not s.disposition & aside]
+    films = [s for s in container.streams.video if not s.disposition & aside]
+    streams = [s for s in films if s.codec_context]
     if not streams:
-        raise ValueError("it holds no film")
+        raise ValueError("no decoder for its codec" if films else "it holds no film")
 
     def rank(stream: Any) -> tuple[bool, int]:
         size = stream.codec_context.width * stream.codec_context.height
@@ -306,29 +324,56 @@ def frames_of_film(source: Source, timing: Timing) -> Iterator[np.ndarray]:
 
     Damage elsewhere (sound, chapters, a lost second track) does not matter."""
     av = load_av()
+    refuse_broken_container(source.path)
     place = b"file:" + os.fsencode(source.path)  # a name like 12:30:05.mp4 is no protocol
-    refuse_cut_matroska(source.path)
-    with av.open(os.fsdecode(place)) as container:
-        stream = shown_stream(container)
-        stream.thread_type = "NONE"  # films are decoded side by side
-        stream.codec_context.options = {"err_detect": "explode"}
-        timed = not container.format.flags & av.format.Flags.no_timestamps.value
-        timing.nominal = float(stream.average_rate or stream.guessed_rate or 0) * timed
-        for packet in container.demux(stream):
-            if packet.is_corrupt:
-                raise ValueError(f"damaged or cut after picture {len(timing.pictures)}")
-            if packet.size:  # the last one is empty: it asks the decoder for what it has left
-                known = timed and packet.dts is not None
-                timing.packets.append(float(packet.dts * packet.time_base) if known else None)
-            try:
-                frames = packet.decode()
-            except av.error.InvalidDataError:
-                raise ValueError(f"damaged after picture {len(timing.pictures)}") from None
-            for frame in frames:
-                if frame.is_corrupt:
-                    raise ValueError(f"picture {len(timing.pictures) + 1} is damaged")
-                timing.pictures.append(frame.time if timed else None)
-                yield upright(frame.to_ndarray(format="rgb24"), frame)
+    with av.logging.Capture() as errors:
+        try:
+            container = av.open(os.fsdecode(place))
+        except (av.error.InvalidDataError, av.error.EOFError):
+            raise ValueError("it is no film, or damaged at its beginning") from None
+        with container:
+            for packet in packets_of_film(container, timing):
+                shown = len(timing.pictures)
+                try:
+                    frames = packet.decode()
+                except av.error.InvalidDataError:
+                    raise ValueError(f"damaged after picture {shown}") from None
+                # Some decoders only say that they have patched up a picture.
+                decoder = packet.stream.codec_context.name
+                complained = any(name == decoder for _, name, _ in errors)
+                for frame in frames:
+                    if frame.is_corrupt or complained:
+                        raise ValueError(f"picture {len(timing.pictures) + 1} is damaged")
+                    timing.pictures.append(frame.time if timing.timed else None)
+                    yield upright(frame.to_ndarray(format="rgb24"), frame)
+    if len(timing.pictures) < timing.promised:
+        found = len(timing.pictures)
+        raise ValueError(f"{timing.promised} pictures are announced, {found} found")
+
+
+def packets_of_film(container: Any, timing: Timing) -> Iterator[Any]:
+    """The compressed pictures of the stream that is shown, ready to be decoded"""
+    av = load_av()
+    stream = shown_stream(container)
+    for other in container.streams:
+        if other.index != stream.index:
+            other.discard = av.stream.Discard.all
+    stream.thread_type = "NONE"  # films are decoded side by side
+    stream.codec_context.options = {"err_detect": "explode"}
+    kind = container.format.name
+    counted = kind == "mjpeg" or kind.endswith("_pipe")  # whose 25 per second are made up
+    timing.timed = not (counted or container.format.flags & NO_TIMESTAMPS)
+    if timing.timed:
+        timing.nominal = float(stream.average_rate or stream.guessed_rate or 0)
+    for packet in container.demux(stream):
+        if packet.is_corrupt:
+            raise ValueError(f"damaged or cut after picture {len(timing.pictures)}")
+        if packet.size:  # the last one is empty: it asks the decoder for what it has left
+            known = timing.timed and packet.dts is not None
+            timing.packets.append(float(packet.dts * packet.time_base) if known else None)
+            if kind.startswith("mov") and not packet.is_discard:  # as an edit list cuts it off
+                timing.promised += 1
+        yield packet
 
 
 def upright(pixels: np.ndarray, frame: Any) -> np.ndarray:
@@ -345,45 +390,75 @@ def upright(pixels: np.ndarray, frame: Any) -> np.ndarray:
     return pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
 
-def refuse_cut_matroska(path: Path) -> None:
-    """mkv and webm: FFmpeg reads a file that was cut short without an error.  Its outermost element
-    says how long it should be."""
+# Elements that may stand in a Matroska file's segment, and in a cluster of pictures and sound
+SEGMENT, CLUSTER = 0x18538067, 0x1F43B675
+MATROSKA = {
+    SEGMENT: {0x114D9B74, 0x1549A966, 0x1654AE6B, 0x1043A770, CLUSTER, 0x1C53BB6B, 0x1941A469}
+    | {0x1254C367, 0xEC, 0xBF},
+    CLUSTER: {0xE7, 0x5854, 0xA7, 0xAB, 0xA3, 0xA0, 0xAF, 0xEC, 0xBF},
+}
 
-    def number(file: BinaryIO, keep_marker: bool) -> int | None:
-        """A variable-length number of EBML; None where the length is declared unknown"""
-        first = file.read(1)
-        if not first or not first[0]:
-            raise ValueError("cut short in its header")
-        length = 9 - first[0].bit_length()  # bytes in all
-        value = int.from_bytes(first + file.read(length - 1), "big")
-        if keep_marker:
-            return value
-        value -= 1 << (7 * length)
-        return None if value == (1 << (7 * length)) - 1 else value
 
+def refuse_broken_container(path: Path) -> None:
+    """FFmpeg skips what it does not understand between the pictures of mkv, webm and gif, and reads
+    files that were cut short, without an error.  Raises ValueError for both."""
     with open(path, "rb") as file:
-        if file.read(4) != b"\x1a\x45\xdf\xa3":
+        start = file.read(4)
+        if start == b"\x1a\x45\xdf\xa3":
+            file.seek(ebml_number(file) or 0, os.SEEK_CUR)
+            walk_matroska(file, None, path.stat().st_size)
+        elif start == b"GIF8":
+            file.seek(-16, os.SEEK_END)
+            if not file.read().rstrip(b"\0").endswith(b";"):
+                raise ValueError("cut short: its end mark is missing")
+
+
+def ebml_number(file: BinaryIO, marked: bool = False) -> int | None:
+    """A number of variable length; None where a length is declared unknown.  marked: an element's
+    id, which keeps the bit that tells its length"""
+    first = file.read(1)
+    if not first or not first[0]:
+        raise ValueError(f"damaged or cut short at byte {file.tell()}")
+    length = 9 - first[0].bit_length()  # bytes in all
+    value = int.from_bytes(first + file.read(length - 1), "big")
+    if marked:
+        return value
+    value -= 1 << (7 * length)
+    return None if value == (1 << (7 * length)) - 1 else value
+
+
+def walk_matroska(file: BinaryIO, parent: int | None, end: int) -> None:
+    """Check that the elements up to byte `end` fill their parent one after another, also those in
+    a cluster; stops at an element of unknown length, as live streams have"""
+    while file.tell() < end:
+        at = file.tell()
+        kind, length = ebml_number(file, marked=True), ebml_number(file)
+        if parent is None and kind != SEGMENT:
+            return  # junk after the film
+        if parent in MATROSKA and kind not in MATROSKA[parent]:
+            raise ValueError(f"damaged at byte {at}")
+        if length is None:
             return
-        file.seek(number(file, keep_marker=False) or 0, os.SEEK_CUR)
-        if number(file, keep_marker=True) != 0x18538067:  # the segment, which holds everything
-            return
-        length = number(file, keep_marker=False)
-        missing = 0 if length is None else file.tell() + length - path.stat().st_size
-    if missing > 0:
-        raise ValueError(f"cut short: {missing} bytes are missing")
+        if file.tell() + length > end:
+            raise ValueError(f"cut short: {file.tell() + length - end} bytes are missing")
+        if kind in MATROSKA:
+            walk_matroska(file, kind, file.tell() + length)
+        else:
+            file.seek(length, os.SEEK_CUR)
 
 
 def even_rate(times: np.ndarray, nominal: float) -> float | None:
     """Frames per second of a film whose pictures come at even times, else None.  nominal: what the
     file says.
 
-    Even means: no gap is half as long again as the mean gap, and no picture is more than one gap
-    off the regular grid.  Rounded time stamps and jitter pass; pauses and other rates do not."""
+    Even means: no gap is half as long again as the mean gap, or a quarter of it, and no picture is
+    more than one gap off the regular grid.  Rounded stamps and jitter pass, pauses do not."""
     if len(times) < 2:
         return nominal or None
     gap = (times[-1] - times[0]) / (len(times) - 1)
     off_grid = times - times[0] - gap * np.arange(len(times))
-    if np.diff(times).max() > 1.5 * gap or np.ptp(off_grid) > gap:
+    gaps = np.diff(times)
+    if gaps.max() > 1.5 * gap or gaps.min() <= 0.25 * gap or np.ptp(off_grid) > gap:
         return None
     return nominal if abs(nominal * gap - 1) < 0.01 else round(1 / float(gap), 3)
 
@@ -391,18 +466,20 @@ def even_rate(times: np.ndarray, nominal: float) -> float | None:
 def resampling(times: np.ndarray, fps: float | None) -> tuple[np.ndarray, float]:
     """Which picture is on the screen at each tick of a regular clock -> indices, frames per second.
 
-    fps: the clock; None: that of the film's usual gap.  Raises ValueError where the clock would
-    show the same pictures over and over."""
-    if fps is None:
-        fps = round(1 / float(np.median(np.diff(times))), 3)
-    ticks = np.arange(int((times[-1] - times[0]) * fps + 1e-6) + 1)
-    if len(ticks) > 16 * len(times):
+    fps: the clock; None: that of the film's usual gap.  Raises ValueError where that would show the
+    same pictures over and over."""
+    times, gaps = times - times[0], np.diff(times)
+    usual = float(np.median(gaps))
+    if fps is None and (usual == 0 or times[-1] / usual > 16 * len(times)):
         raise ValueError(
-            f"its pictures come {np.diff(times).min():.3g} to {np.diff(times).max():.3g} s apart: "
-            "say in fps how many frames per second it shall have"
+            f"its pictures come {gaps.min():.3g} to {gaps.max():.3g} s apart: say in fps how many "
+            "frames per second it shall have"
         )
-    shown = np.searchsorted(times - times[0], ticks / fps + 1e-6, side="right") - 1
-    return shown, float(fps)
+    fps = float(fps or round(1 / usual, 3))
+    if times[-1] * fps > 1e7:
+        raise ValueError(f"{times[-1]:.3g} s at {fps:g} frames per second are too many frames")
+    ticks = np.arange(int(times[-1] * fps + 0.01) + 1) / fps
+    return np.searchsorted(times, ticks + 0.01 / fps, side="right") - 1, fps
 
 
 # ------------------------------------------------------------------------ resizing
@@ -452,10 +529,8 @@ def fill_cache(pack: Pack, sources: list[Source], resized: Callable, name: str) 
             decode_into(pack, source, resized, stop)
         except MachineFault:
             raise
-        except OSError as error:
-            refuse_machine_faults(error, source.path)
-            defects[source.key] = reason(error)
         except Exception as error:  # a decoder may raise anything
+            refuse_machine_faults(error, source.path)
             defects[source.key] = reason(error)
 
     with pack.writing():
@@ -531,7 +606,8 @@ def regular_frames(timing: Timing, fps: float | None) -> tuple[np.ndarray | None
     times = timing.times()
     if times is None:
         return None, {"fps": None}
-    if rate := even_rate(times, timing.nominal):
+    rate = even_rate(times, timing.nominal)
+    if rate or len(times) < 2:
         return None, {"fps": rate}
     order, rate = resampling(times, fps)
     gaps = np.diff(times)

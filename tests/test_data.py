@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import common
 import data
 import quantize
 from conftest import ROOT, make_film
@@ -66,6 +67,9 @@ DEFECTS = {  # name: (field, what breaks episode b of 7 frames)
     "truncated actions": ("actions", lambda root, b: cut(root / "b.npy")),
     "missing actions": ("actions", lambda root, b: b.update(actions="none.npy")),
     "empty instruction": ("instruction", lambda root, b: b.update(instruction="  ")),
+    "half a character": ("instruction", lambda root, b: b.update(instruction="push \ud800")),
+    "actions beyond float32": ("actions", lambda root, b: np.save(root / "b.npy",
+                                                                  np.full((6, 2), 1e300))),
     "no instruction": ("instruction", lambda root, b: b.pop("instruction")),
     "absolute path": ("video", lambda root, b: b.update(video=str(root / "videos/b.npy"))),
     "path outside": ("actions", lambda root, b: b.update(actions="../dataset/b.npy")),
@@ -390,10 +394,11 @@ def test_what_shares_a_bin_is_said():
     rows = np.stack([rng.normal(size=1000), np.full(1000, 2), rng.choice([0, 1], 1000),
                      np.where(rng.random(1000) < 0.9, 0, rng.normal(size=1000))], 1)
     edges = data.fit_bins(rows)
-    count = len(np.unique(rows[:, 3]))
+    count, lost = len(np.unique(rows[:, 3])), np.abs(
+        data.from_bins(data.to_bins(rows, edges), edges) - rows).mean(0)
     assert data.describe_bins(edges, rows) == (
-        "bins per dimension: 256 (for 1000 values), 1 (always 2), 2 (one for each value), "
-        f"{len(edges[3]) - 1} (for {count} values)")
+        f"bins per dimension: 256 for 1000 values (off by {lost[0]:.2g} on average), 1 (always 2), "
+        f"2 (one per value), {len(edges[3]) - 1} for {count} values (off by {lost[3]:.2g} on average)")
 
 
 def test_binary_means_zero_and_one_or_what_there_is(capsys):
@@ -403,18 +408,39 @@ def test_binary_means_zero_and_one_or_what_there_is(capsys):
     with pytest.raises(SystemExit):
         data.fit_bins(3 * smooth, binary="0")
     assert "dimension 0 has 50 values from 0 to 3" in capsys.readouterr().err
+    noisy = np.float32([-1, 1] * 40)[:, None] + 0.001 * np.random.default_rng(0).normal(size=(80, 1))
+    (edges,) = data.fit_bins(noisy, binary="0")
+    assert np.allclose(edges, [-1, -1, 1], atol=0.001) and edges[0] == edges[1]
 
 
 def test_bins_of_other_values_are_refused(capsys):
-    edges = data.fit_bins(np.float32([[0], [1]] * 20))
-    data.refuse_other_values(edges, np.float32([[1], [0]]), "x")
-    for value in (-1, 0.5):
+    gripper = data.fit_bins(np.float32([[0], [1]] * 20))
+    data.refuse_other_values(gripper, np.float32([[1], [0]]), "x")
+    move = np.random.default_rng(0).normal(size=(500, 1))
+    edges = data.fit_bins(move)
+    data.refuse_other_values(edges, 1.5 * move[:50], "x")
+    data.refuse_other_values(edges, 30 * move[:50], "x", guessed=True)
+    for bins, rows in ((gripper, np.float32([[1], [-1]])), (gripper, np.float32([[0], [255]])),
+                       (edges, 30 * move[:50]), (edges, 0.0001 * move[:50]),
+                       (data.fit_bins(0 * move), move)):
         with pytest.raises(SystemExit):
-            data.refuse_other_values(edges, np.float32([[1], [value]]), "--init_from x")
-        assert "--init_from x: its bins turn the values of dimension 0" in capsys.readouterr().err
+            data.refuse_other_values(bins, rows, "--init_from x")
+        assert "--init_from x: its bins were made for other values" in capsys.readouterr().err
+
+
+def test_rounding_makes_no_new_values_but_dense_ones_stay(capsys):
+    gripper = np.where(np.arange(99) % 2, 0, 1 - (np.arange(99) % 8 == 2) * 6e-8)[:, None]
+    (edges,) = data.fit_bins(gripper.astype(np.float32))
+    assert edges.tolist() == [0, 0, 1]
+    dense = np.linspace(0.9, 1, 200_001)[:, None]  # neighbors are as near to each other as these
+    assert len(data.fit_bins(dense)[0]) == 257
 
 
 # ---------------------------------------------------------------- --where
+def matching(rows, where):
+    return common.matching(rows, where, "x")
+
+
 WHERE = [{"id": "a", "success": True, "fps": 5, "note": None, "task": "push"},
          {"id": "b", "success": False, "fps": 5.0, "note": "null", "task": "pull, then push"},
          {"id": "c", "success": "true", "fps": 7, "level": 1}]
@@ -423,9 +449,10 @@ WHERE = [{"id": "a", "success": True, "fps": 5, "note": None, "task": "push"},
 @pytest.mark.parametrize("where, ids", [
     ("success=true", "ac"), ("success=True", "a"), ("success=false", "b"), ("fps=5", "ab"),
     ("fps=5.0", "ab"), ("fps=7e0", "c"), ("note=null", "ab"), ("task=push", "a"), ("level=1", "c"),
-    ('task="push"', "a"), ("task=pull, then push", "b"), ("fps=5,success=false", "b"), ("", "abc")])
+    ('task="push"', "a"), ("task=pull, then push", "b"),
+    ('task="pull, then push",success=false', "b"), ("fps=5,success=false", "b"), ("", "abc")])
 def test_where_compares_values_as_json(where, ids):
-    assert "".join(row["id"] for row in data.matching(WHERE, where, "x")) == ids
+    assert "".join(row["id"] for row in matching(WHERE, where)) == ids
 
 
 @pytest.mark.parametrize("where, said", [
@@ -434,7 +461,7 @@ def test_where_compares_values_as_json(where, ids):
     ("=5", "expected name=value")])
 def test_where_refuses_what_no_episode_fulfils(capsys, where, said):
     with pytest.raises(SystemExit):
-        data.matching(WHERE, where, "x")
+        matching(WHERE, where)
     assert said in capsys.readouterr().err
 
 
@@ -464,6 +491,11 @@ def test_rows_without_room_for_an_answer_are_refused_and_cut_ones_counted(capsys
             sequences.check(both, codes, LATENT)
             said = capsys.readouterr().out
             assert ("cuts the end of 2 rows (first: episode 'long'" in said) == (outcome == "cut")
+    official = data.Sequences(words, 4, length=17, official_cut=True)  # one token less is left
+    supervised = official.rows(texts, [c[0] for c in codes], LATENT)
+    assert (supervised["mask"] & (supervised["target_kinds"] == LATENT)).sum(1).tolist() == [4, 0]
+    with pytest.raises(SystemExit):
+        official.check(both, codes, LATENT)
 
 
 def test_captions_count_their_end_of_text_as_an_answer(capsys):
@@ -480,6 +512,16 @@ def test_unknown_words_are_named_once_and_refused_where_no_word_is_known(capsys)
     assert said.count("\n") == 1 and "'mug', 'grasp', 'it'" in said
     sequences.check_words(["push the mug"])
     assert capsys.readouterr().out == ""
-    for texts in (["打开抽屉", "grasp mug"], ["."], [""], ["  "]):
-        with pytest.raises(ValueError, match="none of the words|expected words"):
+    for texts in (["打开抽屉", "grasp mug"], ["."], [""], ["  "], ["push \ud800"], ["push </s>"],
+                  ["<vision> </vision>"]):
+        with pytest.raises(data.NoKnownWord, match="none of the words|expected words|is no word"):
             sequences.check_words(texts)
+
+
+def test_captions_of_unknown_words_are_named_or_refused(capsys):
+    sequences = data.Sequences(data.train_tokenizer(["push the red block"]), 4)
+    sequences.check([episode("push")], [["<delta> red </delta>", "blue"]], TEXT)
+    assert "'blue'" in capsys.readouterr().out
+    for captions in (["blue", "green"], ["", ""]):
+        with pytest.raises(data.NoKnownWord):
+            sequences.check([episode("push")], [captions], TEXT)

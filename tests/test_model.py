@@ -504,6 +504,21 @@ def test_a_laq_of_each_number_of_codes_is_converted(inside, tmp_path, capsys, co
     assert torch.equal(again.difference(pair), net.eval().difference(pair))
 
 
+def test_our_own_runs_of_older_code_keep_their_relu(tmp_path):
+    """16 codes of 8 x 8 patches: their config does not know code_relu"""
+    net = LAQ(LAQConfig(**SMALL | {"patch_size": 4}, code_len=16, code_relu=True)).eval()
+    shape = {key: value for key, value in vars(net.config).items() if key != "code_relu"}
+    for official_peg in (False, True):  # True: converted, where the ReLU was a mistake
+        folder = tmp_path / str(official_peg)
+        common.write_checkpoint(folder, net.state_dict().items(), {
+            "stage": "quantize", "model": shape | {"official_peg": official_peg}, "step": 0}, {})
+        again, _ = quantize.load_laq(folder)
+        assert again.config.code_relu is not official_peg
+    again, _ = quantize.load_laq(tmp_path / "False")
+    pair = torch.rand(2, 2, 3, 32, 32)
+    assert torch.equal(again.difference(pair), net.difference(pair))
+
+
 def test_a_number_of_codes_that_a_file_does_not_hold_is_refused(inside, tmp_path, capsys):
     for more in (("--code_len", 2), ("--code_len", 4, "--image_size", 128)):
         assert inside("convert.py", FOLDER / "laq.pt", tmp_path / "laq", *more) == 2

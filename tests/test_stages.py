@@ -558,6 +558,23 @@ def test_the_same_file_spelled_otherwise_is_resumed(runs, inside, tmp_path, monk
     assert "was made with latents = " in capsys.readouterr().err
 
 
+def test_bins_do_not_change_under_a_run(runs, inside, tmp_path, capsys):
+    """A run of older code, whose bins today's code would cut otherwise"""
+    run = shutil.copytree(runs[0] / "SCRATCH", tmp_path / "run")
+    path = common.latest(run) / "config.json"
+    meta = json.loads(path.read_text())
+    path.write_text(json.dumps(meta | {"bins": [edges[::2] for edges in meta["bins"]]}))
+    line = COMMANDS["SCRATCH"].replace("DIR", str(runs[0])).split()
+    assert inside(*line, "--out", run, "--resume", "true", "--steps", 3) == 2
+    assert "other action bins" in capsys.readouterr().err
+
+
+def test_a_policy_may_lie_in_a_folder_with_a_comma(runs, inside, tmp_path):
+    shutil.copytree(runs[0] / "LAPA", tmp_path / "a,b")
+    assert inside("evaluate.py", "--policies", f"A={tmp_path}/a,b,B=random", "--episodes", 2,
+                  "--max_steps", 1, "--film", 0, "--out", tmp_path / "e") == 0
+
+
 def test_compiling_without_a_compiler_is_one_line(runs, start, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "/nonexistent")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
@@ -570,7 +587,7 @@ def test_compiling_without_a_compiler_is_one_line(runs, start, tmp_path, monkeyp
 
 @pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
 @pytest.mark.parametrize("data_folder, out", [("my films", "runs/x"), ("films", "my runs/a (1)"),
-                                              ("it's", "runs/x"), ("a & b", "runs/x")])
+                                              ("it's", "runs/x"), ("a & b", "runs/12:30")])
 def test_make_takes_folders_with_blanks(tmp_path, data_folder, out):
     shutil.copy(ROOT / "Makefile", tmp_path)
     (tmp_path / ".venv/bin").mkdir(parents=True)

@@ -78,12 +78,11 @@ def test_an_episode_holds_no_file_open(make_dataset, size):
 def test_image_codes_hold_no_file_open(make_dataset, tmp_path, monkeypatch):
     class Tokenizer:
         config = type("Config", (), {"image_size": 8, "multipliers": (1, 2, 2)})
-        file = tmp_path / "vqgan.safetensors"
+        mark = "0123456789ab"
 
         def encode(self, images):
             return (images.mean((1, 2, 3)) * 100 + 200).long()[:, None].expand(-1, 4)
 
-    Tokenizer.file.write_bytes(b"weights")
     dataset = data.open_dataset(make_dataset({f"e{i}": 3 for i in range(30)}), 8)
     alone = type("Processes", (), dict(rank=0, world=1, main=True, device=data.torch.device("cpu"),
                                        barrier=lambda self: None))()
@@ -158,12 +157,43 @@ def test_a_film_with_a_little_jitter_is_taken_as_it_is(films, tmp_path, jitter):
     assert len(e.frames) == 20 and e.fps == pytest.approx(10, rel=0.02)
 
 
-def test_a_film_without_times_needs_fps(films, tmp_path, capsys):
-    make_film(tmp_path / "a.h264", moving_dot(10))
-    said = refused(films({"a": "a.h264"}), capsys)
+@pytest.mark.parametrize("kind, codec, pixels", [("h264", "libx264", "yuv420p"),
+                                                 ("mjpeg", "mjpeg", "yuvj420p")])
+def test_a_film_without_times_needs_fps(films, tmp_path, capsys, kind, codec, pixels):
+    make_film(tmp_path / f"a.{kind}", moving_dot(10), codec=codec, pixels=pixels)
+    said = refused(films({"a": f"a.{kind}"}), capsys)
     assert "field fps" in said and "the video does not say" in said
-    (e,) = data.open_dataset(films({"a": "a.h264"}, fps=7), 64).episodes
+    (e,) = data.open_dataset(films({"a": f"a.{kind}"}, fps=7), 64).episodes
     assert e.fps == 7 and len(e.frames) == 10
+
+
+@pytest.mark.parametrize("times, rate, shown", [
+    ([0, 100, 200, 200, 300, 400], 10, [0, 1, 3, 4, 5]),  # the later of two at one time
+    ([0, 100, 200, 300, 400, 400], 10, [0, 1, 2, 3, 5]),
+    ([33 * t for t in range(30) if t != 10], 30.303, [*range(10), 9, *range(10, 29)])])
+def test_the_clock_of_a_resampled_film(times, rate, shown):
+    timing = video.Timing(pictures=[t / 1000 for t in times])
+    order, facts = video.regular_frames(timing, None)
+    assert order.tolist() == shown and facts["fps"] == rate
+
+
+def test_times_that_run_backwards_or_would_fill_the_disk_are_refused():
+    with pytest.raises(ValueError, match="backwards at picture 4"):
+        video.Timing(pictures=[0.0, 0.1, 0.2, 0.1]).times()
+    pause = video.Timing(pictures=[0.0, 0.1, 0.2, 3600.0])
+    with pytest.raises(ValueError, match="0.1 to 3.6e.03 s apart: say in fps"):
+        video.regular_frames(pause, None)
+    assert len(video.regular_frames(pause, 5)[0]) == 18001
+    with pytest.raises(ValueError, match="too many frames"):
+        video.regular_frames(pause, 1e12)
+
+
+def test_actions_of_an_uneven_film_are_refused_even_if_they_are_as_many(films, tmp_path, capsys):
+    times = [0, 100, 200, 300, 400, 500, 530, 560, 700, 850, 1000]
+    make_film(tmp_path / "a.mp4", moving_dot(11), times=times)
+    np.save(tmp_path / "a.npy", np.zeros((11, 2), np.float32))
+    said = refused(films({"a": "a.mp4"}, actions="a.npy"), capsys)
+    assert "actions and captions belong to single pictures (its 11 pictures come" in said
 
 
 # ---------------------------------------------------------------- which stream, and which damage counts
@@ -236,6 +266,37 @@ def test_a_damaged_film_is_one_defect(films, tmp_path, capsys, kind, damage):
     assert "'a': field video: " in said and "field fps" not in said
 
 
+@pytest.mark.parametrize("damage", ["block header", "checksum"])
+def test_pictures_that_ffmpeg_would_skip_or_patch_up_are_defects(films, tmp_path, capsys, damage):
+    path = tmp_path / "a.mkv"
+    noise = np.random.default_rng(0).integers(0, 255, (20, 48, 64, 3), np.uint8)
+    make_film(path, list(noise), rate=10, codec="ffv1" if damage == "checksum" else "libx264")
+    content = bytearray(path.read_bytes())
+    import av
+    with av.open(str(path)) as container:
+        at, size = [(p.pos, p.size) for p in container.demux(video=0) if p.size][8]
+    if damage == "checksum":
+        content[at + size // 2] ^= 0xff
+    else:
+        assert content[at - 3] == 0xa3  # a SimpleBlock's id, then its length
+        content[at - 3:at + 8] = b"\xff" * 11
+    path.write_bytes(content)
+    assert "field video: 'a.mkv' cannot be read: " in refused(films({"a": "a.mkv"}), capsys)
+
+
+def test_a_second_track_of_an_unknown_codec_does_not_matter(films, tmp_path, capsys):
+    from av.stream import Disposition
+    frames = moving_dot(6)
+    two_streams(tmp_path / "a.mp4", (frames, Disposition.default), (frames, Disposition(0)))
+    content = (tmp_path / "a.mp4").read_bytes()
+    first, last = content.index(b"avc1\0"), content.rindex(b"avc1\0")
+    (tmp_path / "b.mp4").write_bytes(content[:last] + b"zzzz" + content[last + 4:])
+    assert len(data.open_dataset(films({"b": "b.mp4"}), 64).episodes[0].frames) == 6
+    content = content.replace(b"avc1\0", b"zzzz\0")
+    (tmp_path / "c.mp4").write_bytes(content)
+    assert first < last and "no decoder for its codec" in refused(films({"c": "c.mp4"}), capsys)
+
+
 @pytest.mark.parametrize("name", ["12:30:05.mp4", "-x.mp4", "a%03d.mp4", "öffne 打开.mp4", "a'b&(c).mp4"])
 def test_names_that_mean_something_to_ffmpeg(films, tmp_path, name):
     (tmp_path / "videos").mkdir()
@@ -281,13 +342,20 @@ def test_a_picture_is_turned_as_its_exif_orientation_says(tmp_path, orientation,
     assert found.shape == upright.shape and np.abs(found.astype(int) - upright)[::8, ::8].max() < 12
 
 
-def test_predict_and_folders_read_pictures_alike(inside, tmp_path, monkeypatch):
+def test_predict_and_folders_read_pictures_alike(films, tmp_path, monkeypatch):
     import evaluate
-    read = []
-    monkeypatch.setattr(video, "read_picture", lambda path: read.append(path) or 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        evaluate.predict(evaluate.PredictConfig(policy="x", image="y.jpg", instruction="z"))
-    assert read == ["y.jpg"]
+    (tmp_path / "a").mkdir()
+    tags = Image.Exif()
+    tags[0x0112] = 6
+    for i in range(2):
+        Image.fromarray(RAMP).save(tmp_path / f"a/{i}.png", exif=tags)
+    (e,) = data.open_dataset(films({"a": "a"}, fps=5), 32).episodes
+    seen = []
+    policy = type("Policy", (), {"kind": 0, "edges": [1], "__call__": lambda self, images, texts:
+                                 seen.extend(images) or np.zeros((1, 2))})
+    monkeypatch.setattr(evaluate, "Policy", lambda *args: policy())
+    evaluate.predict(evaluate.PredictConfig(policy="", image=str(tmp_path / "a/0.png"), instruction="x"))
+    assert np.array_equal(seen[0], e.frames[0]) and np.array_equal(seen[0][..., 0], np.rot90(RAMP, -1))
 
 
 @pytest.mark.parametrize("make", [
