@@ -110,7 +110,7 @@ def open_dataset(path, size, where="", actions_needed=False, official=False):
         shown = "\n  ".join(problems)
         fail(f"{len(problems)} defects in {path}\n  {shown}" if problems[1:] else shown)
     if is_main_process():
-        video.say_resampled(path, {e.id: pack.entries[e.key] for e in episodes})
+        video.say_about_films(path, {e.id: (pack.entries[e.key], e.fps) for e in episodes})
     return Dataset(path, hashlib.sha256(index.read_bytes()).hexdigest()[:12], episodes)
 
 def _read_rows(index):

@@ -626,18 +626,23 @@ def how_resampled(entry: dict) -> str:
     )
 
 
-def say_resampled(dataset: Path, entries: dict[str, dict]) -> None:
-    """One line about the films of a dataset that were resampled.  entries: of each episode"""
-    found = {name: entry for name, entry in entries.items() if "gaps" in entry}
-    if not found:
-        return
-    name, entry = next(iter(found.items()))
-    low, high = entry["gaps"]
-    print(
-        f"{dataset}: resampled films whose pictures come at uneven times: {name!r} ({low:.3g} to "
-        f"{high:.3g} s apart, now {entry['fps']:g} frames per second)"
-        + (f", and {len(found) - 1} more" if len(found) > 1 else "")
-    )
+def say_about_films(dataset: Path, films: dict[str, tuple[dict, float]]) -> None:
+    """A line about films that were resampled, and one about films that are taken at another rate
+    than their own.  films: of each episode its entry in the cache and its fps"""
+    resampled, retimed = [], []
+    for name, (entry, fps) in films.items():
+        if "gaps" in entry:
+            low, high = entry["gaps"]
+            resampled.append(f"{name!r} ({low:.3g} to {high:.3g} s apart, now {fps:g} per second)")
+        elif abs(fps / (entry.get("fps") or fps) - 1) > 0.05:
+            retimed.append(f"{name!r} ({fps:g} frames per second, in its file {entry['fps']:g})")
+    for what, found in (
+        ("resampled films whose pictures come at uneven times", resampled),
+        ("took films at the fps of episodes.jsonl", retimed),
+    ):
+        if found:
+            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+            print(f"{dataset}: {what}: {found[0]}{more}")
 
 
 def read_rows(spool: Any, row_bytes: int, order: np.ndarray | None) -> Iterator[bytes]:

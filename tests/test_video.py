@@ -128,6 +128,15 @@ def test_the_rate_is_that_of_the_pictures(films, tmp_path, name, rate):
     assert e.fps == rate and len(e.frames) == 10
 
 
+def test_a_film_at_another_rate_than_its_own_is_said(films, tmp_path, capsys):
+    make_film(tmp_path / "a.mp4", moving_dot(10), rate=60)
+    for fps, words in ((15, "'a' (15 frames per second, in its file 60)"), (60, ""), (59.94, "")):
+        (e,) = data.open_dataset(films({"a": "a.mp4"}, fps=fps), 64).episodes
+        assert e.fps == fps and len(e.frames) == 10
+        said = capsys.readouterr().out
+        assert words in said if words else not said
+
+
 def test_a_film_of_uneven_times_is_resampled(films, tmp_path, capsys):
     times = [0, 100, 200, 300, 400, 500, 1000, 1500]  # ms: 10 per second, then 2
     make_film(tmp_path / "a.mp4", moving_dot(8), times=times)
@@ -136,7 +145,7 @@ def test_a_film_of_uneven_times_is_resampled(films, tmp_path, capsys):
     assert e.fps == 10 and len(e.frames) == 16
     shown = [0, 1, 2, 3, 4, 5, 5, 5, 5, 5, 6, 6, 6, 6, 6, 7]  # what a player shows each 0.1 s
     assert np.abs(np.array(dot_place(e.frames)) - [2 * t + 3.5 for t in shown]).max() < 1
-    assert "'a' (0.1 to 0.5 s apart, now 10 frames per second)" in said
+    assert "'a' (0.1 to 0.5 s apart, now 10 per second)" in said
     (e,) = data.open_dataset(films({"a": "a.mp4"}, fps=2), 64).episodes  # the rate it shall have
     assert e.fps == 2 and len(e.frames) == 4
     assert np.abs(np.array(dot_place(e.frames)) - [3.5, 13.5, 15.5, 17.5]).max() < 1
