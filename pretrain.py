@@ -209,14 +209,12 @@ def validate(model, c, kind, rows, lengths, processes, soft):
     loss, right = (float(sum(values) / len(values)) for values in zip(*results))
     return {"val_loss": loss, "val_accuracy": right}
 
-def train(c, given):
+def settle_options(c, given):
+    """Refuse options that do not fit together; take the network's shape from --init_from"""
     if c.labels not in KINDS:
         common.fail(f"--labels {c.labels!r}: expected one of {', '.join(KINDS)}")
     if c.labels == "latent" and not c.laq:
         common.fail("--labels latent needs --laq, the quantize run that made them")
-    processes, kind = common.Processes(), KINDS[c.labels]
-    common.refuse_busy(c.out)
-    mine = processes.share(c)
     for name in sorted(given & {"text_vocab", "latent_vocab", "action_vocab"}):
         common.fail(f"--{name}: follows from the tokenizer, the labels or --bins")
     if c.init_from:
@@ -227,6 +225,12 @@ def train(c, given):
                             f"{shape[name]}")
         c.__dict__.update({name: shape[name] for name in
                            ("image_size", "patch_size", "vision_vocab")})
+
+def train(c, given):
+    settle_options(c, given)
+    processes, kind = common.Processes(), KINDS[c.labels]
+    common.refuse_busy(c.out)
+    mine = processes.share(c)
     vqgan = data.load_vqgan(c.vqgan or c.init_from, "vqgan", processes.device, c.__dict__)
     dataset = data.open_dataset(c.data, c.image_size, c.where, c.labels == "action",
                                 official=vqgan is not None)

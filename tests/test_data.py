@@ -177,7 +177,7 @@ def test_cache_is_read_renewed_and_ignores_drafts(make_dataset, tmp_path):
     assert np.array_equal(frames(), first)
     np.save(folder / "videos/a.npy", np.full((5, 8, 8, 3), 9, np.uint8))  # the source changed
     assert (frames() == 9).all()
-    rows.write_bytes(rows.read_bytes()[:-1])  # lost its end: what is left is used, the rest made anew
+    rows.write_bytes(rows.read_bytes()[:-1])  # its end is lost and made anew
     assert (frames() == 9).all() and rows.stat().st_size == 2 * first.nbytes
 
 
@@ -398,7 +398,8 @@ def test_what_shares_a_bin_is_said():
         data.from_bins(data.to_bins(rows, edges), edges) - rows).mean(0)
     assert data.describe_bins(edges, rows) == (
         f"bins per dimension: 256 for 1000 values (off by {lost[0]:.2g} on average), 1 (always 2), "
-        f"2 (one per value), {len(edges[3]) - 1} for {count} values (off by {lost[3]:.2g} on average)")
+        f"2 (one per value), {len(edges[3]) - 1} for {count} values "
+        f"(off by {lost[3]:.2g} on average)")
 
 
 def test_binary_means_zero_and_one_or_what_there_is(capsys):
@@ -408,8 +409,8 @@ def test_binary_means_zero_and_one_or_what_there_is(capsys):
     with pytest.raises(SystemExit):
         data.fit_bins(3 * smooth, binary="0")
     assert "dimension 0 has 50 values from 0 to 3" in capsys.readouterr().err
-    noisy = np.float32([-1, 1] * 40)[:, None] + 0.001 * np.random.default_rng(0).normal(size=(80, 1))
-    (edges,) = data.fit_bins(noisy, binary="0")
+    noise = 0.001 * np.random.default_rng(0).normal(size=(80, 1))
+    (edges,) = data.fit_bins(np.float32([-1, 1] * 40)[:, None] + noise, binary="0")
     assert np.allclose(edges, [-1, -1, 1], atol=0.001) and edges[0] == edges[1]
 
 
@@ -465,7 +466,7 @@ def test_where_refuses_what_no_episode_fulfils(capsys, where, said):
     assert said in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------- rows without an answer, unknown words
+# ---------------------------------------------------------------- cut answers, unknown words
 def episode(instruction, name="a"):
     return data.Episode(name, instruction, 5, {}, np.zeros((2, 8, 8, 3), np.uint8))
 

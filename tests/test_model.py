@@ -459,7 +459,8 @@ def test_fresh_tables_begin_where_the_body_can_read():
 def test_the_loss_of_rows_that_are_cut_does_not_depend_on_how_a_batch_is_parted(vla, parts):
     """The second row has no answer left: it counts as 0, as in the official loss"""
     few = data.Sequences(SEQUENCES.tokenizer, 4, length=14)
-    texts = ["push the red block", "push the red block left push the red block left", "red", "block"]
+    long = "push the red block left push the red block left"
+    texts = ["push the red block", long, "red", "block"]
     rows = few.rows(texts, np.arange(28).reshape(4, 7) % 16, ACTION)
     answered = (rows["mask"] & (rows["target_kinds"] == ACTION)).any(1).tolist()
     assert answered == [True, False, True, True]
@@ -487,7 +488,8 @@ def test_the_cnn_of_each_number_of_codes_is_the_official_one(code_len, grid):
 @pytest.mark.parametrize("code_len, size, needed", [
     (1, 32, ()), (2, 32, ()), (4, 32, ("--code_len", 4)), (16, 64, ("--code_len", 16)),
     (64, 64, ("--image_size", 64)), (256, 128, ("--code_len", 256))])
-def test_a_laq_of_each_number_of_codes_is_converted(inside, tmp_path, capsys, code_len, size, needed):
+def test_a_laq_of_each_number_of_codes_is_converted(inside, tmp_path, capsys, code_len, size,
+                                                    needed):
     net = LAQ(LAQConfig(**{**SMALL, "image_size": size, "patch_size": 4}, code_len=code_len,
                         official_peg=True, official_code_read=True))
     file = {convert.rename(name, convert.LAQ_KEYS): t for name, t in net.state_dict().items()

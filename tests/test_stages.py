@@ -442,8 +442,8 @@ def test_a_second_run_into_a_folder_in_use_is_refused(runs, start, tmp_path):
     """Also before there is a checkpoint, and when it would resume"""
     run, _ = make_run(tmp_path / "run")
     for more in ((), ("--resume", "true")):
-        done = start("quantize.py", "--data", runs[0] / "table", "--out", tmp_path / "run", "--preset",
-                     "tiny", "--steps", 2, "--held_out", 2, *more)
+        done = start("quantize.py", "--data", runs[0] / "table", "--out", tmp_path / "run",
+                     "--preset", "tiny", "--steps", 2, "--held_out", 2, *more)
         assert done.returncode == 2 and "another run is writing into this folder" in done.stderr
     run.log.close()
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["metrics.jsonl"]
@@ -467,7 +467,8 @@ def test_a_full_disk_is_named_whatever_hides_it(tmp_path, monkeypatch, capsys, e
 
 @pytest.mark.parametrize("draw", [
     lambda path: quantize.contact_sheet({"x": torch.zeros(2, 3, 8, 8)}, path),
-    lambda path: evaluate.draw_film({"a": (np.zeros((1, 2, 8, 8, 3), np.uint8), ["x"], [True])}, path)])
+    lambda path: evaluate.draw_film(
+        {"a": (np.zeros((1, 2, 8, 8, 3), np.uint8), ["x"], [True])}, path)])
 def test_a_picture_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys, draw):
     def full(self, *args, **named):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -485,14 +486,16 @@ def test_a_dimension_that_never_moves_leaves_valid_json(runs, inside, tmp_path, 
         np.save(path, np.load(path) * np.float32([0, 1]))
     assert inside(*f"quantize.py {SHORT} --held_out 2".split(), "--data", still, "--out",
                   tmp_path / "q") == 0
-    assert inside(*f"pretrain.py {SHORT} --labels idm --labelled 6 --idm_steps 2 --held_out 2".split(),
-                  "--data", still, "--init_from", runs[0] / "base", "--out", tmp_path / "p") == 0
+    line = f"pretrain.py {SHORT} --labels idm --labelled 6 --idm_steps 2 --held_out 2"
+    assert inside(*line.split(), "--data", still, "--init_from", runs[0] / "base", "--out",
+                  tmp_path / "p") == 0
     assert "held-out episodes: [None, " in capsys.readouterr().out
 
     def refuse(word):
         raise AssertionError(f"{word} is no JSON")
     for path in tmp_path.rglob("*.json*"):
-        for text in path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]:
+        text = path.read_text()
+        for text in text.splitlines() if path.suffix == ".jsonl" else [text]:
             json.loads(text, parse_constant=refuse)
     card = json.loads((tmp_path / "q/report.json").read_text())
     assert card["probe_r2"][0] is None and isinstance(card["probe_r2"][1], float)
@@ -501,8 +504,8 @@ def test_a_dimension_that_never_moves_leaves_valid_json(runs, inside, tmp_path, 
 
 
 def test_numbers_that_json_does_not_have_become_null():
-    value = {"a": [float("nan"), (1.5, float("inf"))], "b": "NaN", "c": {"d": -float("inf"), "e": 2}}
-    assert common.to_json(value) == '{"a": [null, [1.5, null]], "b": "NaN", "c": {"d": null, "e": 2}}'
+    value = {"a": [float("nan"), (1.5, float("inf"))], "b": "NaN", "c": {"d": -float("inf")}}
+    assert common.to_json(value) == '{"a": [null, [1.5, null]], "b": "NaN", "c": {"d": null}}'
 
 
 def test_other_alphabets_under_an_old_locale(runs, tmp_path):
@@ -527,13 +530,14 @@ def test_other_alphabets_under_an_old_locale(runs, tmp_path):
                               capture_output=True)
         assert done.returncode == 0, done.stderr
     tokenizer = data.read_tokenizer(tmp_path / "f")
-    assert tokenizer.encode("öffne 打开抽屉", add_special_tokens=False).tokens == ["öffne", "打开抽屉"]
+    known = tokenizer.encode("öffne 打开抽屉", add_special_tokens=False)
+    assert known.tokens == ["öffne", "打开抽屉"]
 
 
 def test_words_that_a_terminal_cannot_show_do_not_end_a_run(start, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
-    done = start("evaluate.py", "--policies", "RANDOM=random", "--episodes", 2, "--film", 0, "--out",
-                 tmp_path / "e")
+    done = start("evaluate.py", "--policies", "RANDOM=random", "--episodes", 2, "--film", 0,
+                 "--out", tmp_path / "e")
     assert done.returncode == 0 and "\\xb1" in done.stdout
     assert "±" in (tmp_path / "e/results.md").read_text(encoding="utf-8")
 
@@ -578,8 +582,8 @@ def test_a_policy_may_lie_in_a_folder_with_a_comma(runs, inside, tmp_path):
 def test_compiling_without_a_compiler_is_one_line(runs, start, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "/nonexistent")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
-    done = start(*f"quantize.py {SHORT} --compile true".split(), "--data", runs[0] / "table", "--out",
-                 tmp_path / "q", "--held_out", 2)
+    done = start(*f"quantize.py {SHORT} --compile true --held_out 2".split(), "--data",
+                 runs[0] / "table", "--out", tmp_path / "q")
     assert done.returncode == 2 and done.stderr.count("error: ") == 1
     assert done.stderr.splitlines()[-1].startswith("error: --compile: torch.compile does not work")
     assert "Traceback" not in done.stderr and not (tmp_path / "q/latest").exists()
@@ -625,8 +629,9 @@ def test_product_files_are_short():
 def test_the_readme_tells_how_long_the_files_are_and_links_what_is_there():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     told = dict(re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", readme, re.MULTILINE))
-    there = {p.name: str(len(p.read_text(encoding="utf-8").splitlines())) for p in ROOT.glob("*.py")}
-    assert told == there
+    for path in ROOT.glob("*.py"):
+        assert told.pop(path.name) == str(len(path.read_text(encoding="utf-8").splitlines()))
+    assert not told
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     for page in pages:
         for link in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):

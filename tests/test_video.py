@@ -1,4 +1,5 @@
 """Films, pictures and the packed cache: what real files of other people do."""
+
 import errno
 import json
 import os
@@ -22,10 +23,13 @@ def films(tmp_path, monkeypatch):
     monkeypatch.setenv("LAPA_CACHE", str(tmp_path / "cache"))
 
     def make(videos, **fields):
-        rows = [{"id": name, "instruction": "push it", "video": path, **fields}
-                for name, path in videos.items()]
+        rows = [
+            {"id": name, "instruction": "push it", "video": path, **fields}
+            for name, path in videos.items()
+        ]
         (tmp_path / "episodes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         return tmp_path
+
     return make
 
 
@@ -33,7 +37,7 @@ def moving_dot(count):
     """`count` frames [48, 64, 3] in which a dot goes to the right, 2 pixels per frame"""
     frames = np.full((count, 48, 64, 3), 40, np.uint8)
     for t, frame in enumerate(frames):
-        frame[20:28, 2 * t:2 * t + 8] = 230
+        frame[20:28, 2 * t : 2 * t + 8] = 230
     return list(frames)
 
 
@@ -57,7 +61,8 @@ import os, resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 import data, numpy as np
 dataset = data.open_dataset(sys.argv[1], int(sys.argv[2]))
-print(len(dataset.episodes), len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0)
+descriptors = "/proc/self/fd"
+print(len(dataset.episodes), len(os.listdir(descriptors)) if os.path.isdir(descriptors) else 0)
 print([int(e.frames.sum()) for e in dataset.episodes])
 """
 
@@ -65,8 +70,12 @@ print([int(e.frames.sum()) for e in dataset.episodes])
 @pytest.mark.parametrize("size", [8, 4])  # of the videos themselves, and another
 def test_an_episode_holds_no_file_open(make_dataset, size):
     folder = make_dataset({f"e{i}": 3 for i in range(200)})
-    done = subprocess.run([sys.executable, "-c", OPEN_MANY, folder, str(size)], cwd=ROOT,
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", OPEN_MANY, folder, str(size)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     count, descriptors = map(int, done.stdout.splitlines()[0].split())
     assert count == 200 and descriptors < 20
@@ -84,8 +93,13 @@ def test_image_codes_hold_no_file_open(make_dataset, tmp_path, monkeypatch):
             return (images.mean((1, 2, 3)) * 100 + 200).long()[:, None].expand(-1, 4)
 
     dataset = data.open_dataset(make_dataset({f"e{i}": 3 for i in range(30)}), 8)
-    alone = type("Processes", (), dict(rank=0, world=1, main=True, device=data.torch.device("cpu"),
-                                       barrier=lambda self: None))()
+    alone = type(
+        "Processes",
+        (),
+        dict(
+            rank=0, world=1, main=True, device=data.torch.device("cpu"), barrier=lambda self: None
+        ),
+    )()
     data.add_codes(dataset, dataset.episodes, Tokenizer(), alone, most=20)
     files = list((tmp_path / "cache").glob("codes_*/*"))
     assert sorted(f.suffix for f in files) == [".bin", ".jsonl"]
@@ -115,13 +129,19 @@ def test_two_processes_share_the_work_of_decoding(films, tmp_path):
     for i in range(6):
         make_film(tmp_path / f"{i}.mp4", moving_dot(20))
     folder = films({f"e{i}": f"{i}.mp4" for i in range(6)})
-    both = [subprocess.Popen([sys.executable, "-c", COUNT_FILMS, folder], cwd=ROOT, text=True,
-                             stdout=subprocess.PIPE) for _ in range(2)]
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", COUNT_FILMS, folder], cwd=ROOT, text=True, stdout=subprocess.PIPE
+        )
+        for _ in range(2)
+    ]
     assert sum(int(process.communicate()[0]) for process in both) == 6
 
 
 # ---------------------------------------------------------------- rates and time stamps
-@pytest.mark.parametrize("name, rate", [("cup 60 fps.mp4", 10), ("240 fps.mkv", 12), ("a.mp4", 1000)])
+@pytest.mark.parametrize(
+    "name, rate", [("cup 60 fps.mp4", 10), ("240 fps.mkv", 12), ("a.mp4", 1000)]
+)
 def test_the_rate_is_that_of_the_pictures(films, tmp_path, name, rate):
     make_film(tmp_path / name, moving_dot(10), rate=rate)
     (e,) = data.open_dataset(films({"a": name}), 64).episodes
@@ -166,8 +186,9 @@ def test_a_film_with_a_little_jitter_is_taken_as_it_is(films, tmp_path, jitter):
     assert len(e.frames) == 20 and e.fps == pytest.approx(10, rel=0.02)
 
 
-@pytest.mark.parametrize("kind, codec, pixels", [("h264", "libx264", "yuv420p"),
-                                                 ("mjpeg", "mjpeg", "yuvj420p")])
+@pytest.mark.parametrize(
+    "kind, codec, pixels", [("h264", "libx264", "yuv420p"), ("mjpeg", "mjpeg", "yuvj420p")]
+)
 def test_a_film_without_times_needs_fps(films, tmp_path, capsys, kind, codec, pixels):
     make_film(tmp_path / f"a.{kind}", moving_dot(10), codec=codec, pixels=pixels)
     said = refused(films({"a": f"a.{kind}"}), capsys)
@@ -176,10 +197,14 @@ def test_a_film_without_times_needs_fps(films, tmp_path, capsys, kind, codec, pi
     assert e.fps == 7 and len(e.frames) == 10
 
 
-@pytest.mark.parametrize("times, rate, shown", [
-    ([0, 100, 200, 200, 300, 400], 10, [0, 1, 3, 4, 5]),  # the later of two at one time
-    ([0, 100, 200, 300, 400, 400], 10, [0, 1, 2, 3, 5]),
-    ([33 * t for t in range(30) if t != 10], 30.303, [*range(10), 9, *range(10, 29)])])
+@pytest.mark.parametrize(
+    "times, rate, shown",
+    [
+        ([0, 100, 200, 200, 300, 400], 10, [0, 1, 3, 4, 5]),  # the later of two at one time
+        ([0, 100, 200, 300, 400, 400], 10, [0, 1, 2, 3, 5]),
+        ([33 * t for t in range(30) if t != 10], 30.303, [*range(10), 9, *range(10, 29)]),
+    ],
+)
 def test_the_clock_of_a_resampled_film(times, rate, shown):
     timing = video.Timing(pictures=[t / 1000 for t in times])
     order, facts = video.regular_frames(timing, None)
@@ -205,10 +230,11 @@ def test_actions_of_an_uneven_film_are_refused_even_if_they_are_as_many(films, t
     assert "actions and captions belong to single pictures (its 11 pictures come" in said
 
 
-# ---------------------------------------------------------------- which stream, and which damage counts
+# ---------------------------------------------------------------- which stream, which damage
 def two_streams(path, first, second):
     """A film of two video streams, each (frames, disposition or None)"""
     import av
+
     with av.open(str(path), "w") as container:
         streams = []
         for frames, disposition in (first, second):
@@ -225,6 +251,7 @@ def two_streams(path, first, second):
 @pytest.mark.parametrize("flag", ["attached_pic", "timed_thumbnails", "none"])
 def test_the_film_is_the_stream_that_a_player_shows(films, tmp_path, flag):
     from av.stream import Disposition
+
     aside = Disposition(0) if flag == "none" else Disposition[flag]
     cover = [np.zeros((96, 128, 3), np.uint8)] * (1 if flag == "attached_pic" else 3)
     two_streams(tmp_path / "a.mkv", (cover, aside), (moving_dot(12), Disposition.default))
@@ -234,15 +261,19 @@ def test_the_film_is_the_stream_that_a_player_shows(films, tmp_path, flag):
 
 def test_damaged_sound_does_not_matter(films, tmp_path):
     import av
+
     path = tmp_path / "a.mkv"
     with av.open(str(path), "w") as container:
-        stream, sound = container.add_stream("libx264", rate=10), container.add_stream("mp3", rate=44100)
+        stream, sound = (
+            container.add_stream("libx264", rate=10),
+            container.add_stream("mp3", rate=44100),
+        )
         stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
         for frame in moving_dot(20):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         noise = np.random.default_rng(0).integers(-9000, 9000, (1, 44100), np.int16)
         for at in range(0, 44100, 1152):
-            block = av.AudioFrame.from_ndarray(noise[:, at:at + 1152], "s16", "mono")
+            block = av.AudioFrame.from_ndarray(noise[:, at : at + 1152], "s16", "mono")
             block.sample_rate = 44100
             container.mux(sound.encode(block))
         container.mux(stream.encode(None))
@@ -251,15 +282,19 @@ def test_damaged_sound_does_not_matter(films, tmp_path):
     with av.open(str(path)) as container:
         places = [(p.pos, p.size) for p in container.demux(audio=0) if p.size]
     for at, size in places:  # a packet's place is that of its block, whose header is kept
-        content[at + 16:at + size] = b"\xa5" * max(0, size - 16)
+        content[at + 16 : at + size] = b"\xa5" * max(0, size - 16)
     path.write_bytes(content)
     (e,) = data.open_dataset(films({"a": "a.mkv"}), 64).episodes
     assert len(e.frames) == 20
 
 
-@pytest.mark.parametrize("kind, damage", [
-    *((kind, "cut") for kind in ("mp4", "mkv", "webm", "avi", "ts")),
-    *((kind, "flipped") for kind in ("mp4", "mkv", "avi", "ts"))])  # VP8 decodes any bits
+@pytest.mark.parametrize(
+    "kind, damage",
+    [
+        *((kind, "cut") for kind in ("mp4", "mkv", "webm", "avi", "ts")),
+        *((kind, "flipped") for kind in ("mp4", "mkv", "avi", "ts")),
+    ],
+)  # VP8 decodes any bits
 def test_a_damaged_film_is_one_defect(films, tmp_path, capsys, kind, damage):
     codec = "libvpx" if kind == "webm" else "libx264"
     noise = np.random.default_rng(0).integers(0, 255, (30, 96, 128, 3), np.uint8)
@@ -267,9 +302,9 @@ def test_a_damaged_film_is_one_defect(films, tmp_path, capsys, kind, damage):
     make_film(path, list(noise), codec=codec, rate=10)
     content = bytearray(path.read_bytes())
     if damage == "cut":
-        content = content[:len(content) * 7 // 10]
+        content = content[: len(content) * 7 // 10]
     for at in range(len(content) // 3, len(content) // 2, 97) if damage == "flipped" else ():
-        content[at] ^= 0xff
+        content[at] ^= 0xFF
     path.write_bytes(content)
     said = refused(films({"a": path.name}), capsys)  # no rate is named, and none is missed
     assert "'a': field video: " in said and "field fps" not in said
@@ -282,31 +317,35 @@ def test_pictures_that_ffmpeg_would_skip_or_patch_up_are_defects(films, tmp_path
     make_film(path, list(noise), rate=10, codec="ffv1" if damage == "checksum" else "libx264")
     content = bytearray(path.read_bytes())
     import av
+
     with av.open(str(path)) as container:
         at, size = [(p.pos, p.size) for p in container.demux(video=0) if p.size][8]
     if damage == "checksum":
-        content[at + size // 2] ^= 0xff
+        content[at + size // 2] ^= 0xFF
     else:
-        assert content[at - 3] == 0xa3  # a SimpleBlock's id, then its length
-        content[at - 3:at + 8] = b"\xff" * 11
+        assert content[at - 3] == 0xA3  # a SimpleBlock's id, then its length
+        content[at - 3 : at + 8] = b"\xff" * 11
     path.write_bytes(content)
     assert "field video: 'a.mkv' cannot be read: " in refused(films({"a": "a.mkv"}), capsys)
 
 
 def test_a_second_track_of_an_unknown_codec_does_not_matter(films, tmp_path, capsys):
     from av.stream import Disposition
+
     frames = moving_dot(6)
     two_streams(tmp_path / "a.mp4", (frames, Disposition.default), (frames, Disposition(0)))
     content = (tmp_path / "a.mp4").read_bytes()
     first, last = content.index(b"avc1\0"), content.rindex(b"avc1\0")
-    (tmp_path / "b.mp4").write_bytes(content[:last] + b"zzzz" + content[last + 4:])
+    (tmp_path / "b.mp4").write_bytes(content[:last] + b"zzzz" + content[last + 4 :])
     assert len(data.open_dataset(films({"b": "b.mp4"}), 64).episodes[0].frames) == 6
     content = content.replace(b"avc1\0", b"zzzz\0")
     (tmp_path / "c.mp4").write_bytes(content)
     assert first < last and "no decoder for its codec" in refused(films({"c": "c.mp4"}), capsys)
 
 
-@pytest.mark.parametrize("name", ["12:30:05.mp4", "-x.mp4", "a%03d.mp4", "öffne 打开.mp4", "a'b&(c).mp4"])
+@pytest.mark.parametrize(
+    "name", ["12:30:05.mp4", "-x.mp4", "a%03d.mp4", "öffne 打开.mp4", "a'b&(c).mp4"]
+)
 def test_names_that_mean_something_to_ffmpeg(films, tmp_path, name):
     (tmp_path / "videos").mkdir()
     make_film(tmp_path / "videos" / name, moving_dot(5))
@@ -328,7 +367,7 @@ def test_a_film_is_turned_as_its_matrix_says(films, tmp_path, turn):
     words = np.frombuffer(content, ">i4", 9, at).copy()
     assert words.tolist() == [1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30]
     words[[0, 1, 3, 4]] = np.array([a, b, c, d]) << 16
-    (tmp_path / "a.mp4").write_bytes(content[:at] + words.tobytes() + content[at + 36:])
+    (tmp_path / "a.mp4").write_bytes(content[:at] + words.tobytes() + content[at + 36 :])
     (e,) = data.open_dataset(films({"a": "a.mp4"}), 64).episodes
     expected = np.rot90(corners[:, ::-1] if mirror else corners, -quarter)  # clockwise
     gap = e.frames[0].astype(int) - video.resize(np.ascontiguousarray(expected), 64)
@@ -341,18 +380,28 @@ def test_a_film_is_turned_as_its_matrix_says(films, tmp_path, turn):
 def test_a_picture_is_turned_as_its_exif_orientation_says(tmp_path, orientation, kind):
     upright = np.zeros((40, 60, 3), np.uint8)
     upright[:20, :30], upright[:20, 30:], upright[20:, :30] = 60, 120, 180
-    stored = {1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1],
-              5: upright.swapaxes(0, 1), 6: np.rot90(upright), 7: np.rot90(upright[::-1], 1),
-              8: np.rot90(upright, -1)}[orientation]
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.swapaxes(0, 1),
+        6: np.rot90(upright),
+        7: np.rot90(upright[::-1], 1),
+        8: np.rot90(upright, -1),
+    }[orientation]
     tags = Image.Exif()
     tags[0x0112] = orientation
-    Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / f"a.{kind}", exif=tags, quality=95)
+    Image.fromarray(np.ascontiguousarray(stored)).save(
+        tmp_path / f"a.{kind}", exif=tags, quality=95
+    )
     found = video.read_picture(tmp_path / f"a.{kind}")
     assert found.shape == upright.shape and np.abs(found.astype(int) - upright)[::8, ::8].max() < 12
 
 
 def test_predict_and_folders_read_pictures_alike(films, tmp_path, monkeypatch):
     import evaluate
+
     (tmp_path / "a").mkdir()
     tags = Image.Exif()
     tags[0x0112] = 6
@@ -360,17 +409,33 @@ def test_predict_and_folders_read_pictures_alike(films, tmp_path, monkeypatch):
         Image.fromarray(RAMP).save(tmp_path / f"a/{i}.png", exif=tags)
     (e,) = data.open_dataset(films({"a": "a"}, fps=5), 32).episodes
     seen = []
-    policy = type("Policy", (), {"kind": 0, "edges": [1], "__call__": lambda self, images, texts:
-                                 seen.extend(images) or np.zeros((1, 2))})
+    policy = type(
+        "Policy",
+        (),
+        {
+            "kind": 0,
+            "edges": [1],
+            "__call__": lambda self, images, texts: seen.extend(images) or np.zeros((1, 2)),
+        },
+    )
     monkeypatch.setattr(evaluate, "Policy", lambda *args: policy())
-    evaluate.predict(evaluate.PredictConfig(policy="", image=str(tmp_path / "a/0.png"), instruction="x"))
-    assert np.array_equal(seen[0], e.frames[0]) and np.array_equal(seen[0][..., 0], np.rot90(RAMP, -1))
+    evaluate.predict(
+        evaluate.PredictConfig(policy="", image=str(tmp_path / "a/0.png"), instruction="x")
+    )
+    assert np.array_equal(seen[0], e.frames[0]) and np.array_equal(
+        seen[0][..., 0], np.rot90(RAMP, -1)
+    )
 
 
-@pytest.mark.parametrize("make", [
-    lambda: Image.fromarray(RAMP), lambda: Image.fromarray(RAMP.astype(np.uint16) * 257),
-    lambda: Image.merge("LA", [Image.fromarray(RAMP), Image.new("L", (32, 32), 255)])],
-    ids=["8 bits", "16 bits", "with alpha"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Image.fromarray(RAMP),
+        lambda: Image.fromarray(RAMP.astype(np.uint16) * 257),
+        lambda: Image.merge("LA", [Image.fromarray(RAMP), Image.new("L", (32, 32), 255)]),
+    ],
+    ids=["8 bits", "16 bits", "with alpha"],
+)
 def test_grey_pictures_keep_their_shades(tmp_path, make):
     make().save(tmp_path / "a.png")
     assert np.array_equal(video.read_picture(tmp_path / "a.png"), RAMP[..., None].repeat(3, 2))
@@ -392,25 +457,30 @@ def test_a_broken_picture_is_named(films, tmp_path, capsys):
     assert "1.jpg" in refused(films({"a": "a"}, fps=5), capsys)
 
 
-# ---------------------------------------------------------------- long videos, and faults of the machine
+# ---------------------------------------------------------------- long videos, machine faults
 def test_a_long_video_is_decoded_in_bounded_memory(make_dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(video, "SPOOL", 1 << 16)  # so that this one is long
     folder = make_dataset({"a": 500}, size=16)
     most = []
     write = video.write_all
-    monkeypatch.setattr(video, "write_all", lambda file, block: most.append(len(block))
-                        or write(file, block))
+    monkeypatch.setattr(
+        video, "write_all", lambda file, block: most.append(len(block)) or write(file, block)
+    )
     (e,) = data.open_dataset(folder, 32).episodes
     assert max(most) <= 1 << 20 and sum(most) == 500 * 32 * 32 * 3
     expected = [video.resize(frame, 32) for frame in np.load(folder / "videos/a.npy")]
     assert np.array_equal(e.frames, expected)
 
 
-@pytest.mark.parametrize("number, words", [(errno.ENOSPC, "No space left"), (errno.EROFS, "Read-only")])
-def test_a_cache_that_cannot_be_written_is_one_line(make_dataset, tmp_path, monkeypatch, capsys, number,
-                                                    words):
+@pytest.mark.parametrize(
+    "number, words", [(errno.ENOSPC, "No space left"), (errno.EROFS, "Read-only")]
+)
+def test_a_cache_that_cannot_be_written_is_one_line(
+    make_dataset, tmp_path, monkeypatch, capsys, number, words
+):
     def broken(file, block):
         raise OSError(number, os.strerror(number))
+
     monkeypatch.setattr(video, "write_all", broken)
     said = refused(make_dataset({f"e{i}": 5 for i in range(6)}), capsys)
     assert words in said and "LAPA_CACHE" in said and str(tmp_path / "cache") in said
@@ -420,6 +490,7 @@ def test_a_cache_that_cannot_be_written_is_one_line(make_dataset, tmp_path, monk
 def test_too_many_open_files_is_one_line(make_dataset, monkeypatch, capsys):
     def broken(path, *args, **named):
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
     monkeypatch.setattr(video.np, "load", broken)
     said = refused(make_dataset({f"e{i}": 5 for i in range(6)}), capsys)
     assert "Too many open files" in said and said.count("\n") == 1
@@ -442,8 +513,10 @@ def test_what_was_decoded_before_a_fault_stays(make_dataset, monkeypatch, capsys
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         written.append(block)
         return write(file, block)
+
     monkeypatch.setattr(video, "write_all", until_full)
     refused(folder, capsys)
-    monkeypatch.setattr(video, "write_all", lambda file, block: written.append(block)
-                        or write(file, block))
+    monkeypatch.setattr(
+        video, "write_all", lambda file, block: written.append(block) or write(file, block)
+    )
     assert len(data.open_dataset(folder, 64).episodes) == 6 and len(written) == 6
