@@ -525,12 +525,12 @@ class Run:
                 fail(f"--out {self.out}: another run is writing into this folder")
             raise SystemExit(2)
         if (self.out / "latest").is_file():
-            self.found, meta = open_checkpoint(self.out, "out", (stage,))
-            self.start = meta["step"]
+            self.found, self.found_meta = open_checkpoint(self.out, "out", (stage,))
+            self.start = self.found_meta["step"]
             if not config.resume:
                 fail(f"--out {self.out} already holds a checkpoint of step {self.start}: pass "
                      "--resume true to continue it, or another --out")
-            self.refuse_another_run(meta)
+            self.refuse_another_run(self.found_meta)
             if self.start > config.steps:
                 fail(f"--steps {config.steps}: --out {self.out} has done {self.start} already")
         processes.barrier()
@@ -568,8 +568,7 @@ class Run:
         self.export = export or (lambda: ((n, whole(t)) for n, t in model.state_dict().items()))
         self.meta, self.files = self.meta | meta, files
         if self.found:
-            _, found = open_checkpoint(self.out, "out", (self.stage,))
-            if found.get("bins") != self.meta.get("bins"):
+            if self.found_meta.get("bins") != self.meta.get("bins"):
                 fail(f"--out {self.out} was made with other action bins than these options give: "
                      "pass another --out")
             state = self.state()

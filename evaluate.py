@@ -215,7 +215,7 @@ def predict(c):
         image = video.read_picture(c.image)
     policy = Policy(c.policy, "policy", ("pretrain", "finetune"), c.bf16)
     began = time.time()
-    with common.refuse(f"--instruction {c.instruction!r}", (ValueError,)):
+    with common.refuse(f"--instruction {c.instruction!r}", (data.NoKnownWord, UnicodeError)):
         text = os.fsencode(c.instruction).decode()  # UTF-8, whatever the locale says
         (answer,) = policy([image], [text])
     what = "latent action" if policy.kind == LATENT else "action" if policy.edges else "action bins"

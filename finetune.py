@@ -99,10 +99,9 @@ def merged(model, weights):
             yield name, common.whole(tensor)
 
 # ------------------------------------------------------------------------ training
-def choose_bins(c, meta, few):
+def choose_bins(c, meta, actions):
     """-> bin edges, an array a dimension.  A body pretrained on actions (ACTIONVLA, VPT) keeps its
-    own with its action head; any other gets those of the labelled episodes."""
-    actions = np.concatenate([e.actions for e in few])
+    own with its action head; any other gets those of the labelled episodes' actions [M, A]."""
     if "bins" not in meta:
         return data.fit_bins(actions, c.bins, c.binary)
     edges, width = [np.array(e) for e in meta["bins"]], actions.shape[1]
@@ -123,7 +122,8 @@ def train(c, given):
     dataset = data.open_dataset(c.data, shape["image_size"], c.where, official=vqgan is not None)
     train_set, _ = dataset.split(c.held_out)
     few = data.labelled_few(train_set, c.labelled, c.seed, exact="labelled" in given)
-    edges = choose_bins(c, meta, few)
+    actions = np.concatenate([e.actions for e in few])
+    edges = choose_bins(c, meta, actions)
     torch.manual_seed(c.seed)
     with common.refuse(f"--init_from {c.init_from}"):
         model = build_vla(VLAConfig(**{**shape, "latent_vocab": 0,
@@ -135,7 +135,7 @@ def train(c, given):
     new = [name for name in fresh if not name.endswith(LOW_RANK)]
     processes.say(f"inherited {c.init_from} (pretrained on {meta['labels']} labels, step "
                   f"{meta['step']}); fresh: {', '.join(new) or 'nothing'}")
-    processes.say(data.describe_bins(edges, np.concatenate([e.actions for e in few])))
+    processes.say(data.describe_bins(edges, actions))
     bins = [data.to_bins(e.actions, edges) for e in few]
     sequences = data.Sequences(tokenizer, model.config.image_tokens, meta["template"], c.length,
                                c.official_cut)

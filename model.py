@@ -36,7 +36,7 @@ class LAQConfig:
     quant_dim: int = 32
     codebook_size: int = 8
     code_len: int = 4  # codes a pair: 8^4 = 4096 latent actions
-    code_relu: bool = False  # ReLU after the only convolution of such a code (runs of old had it)
+    code_relu: bool = False  # ReLU after code_cnn's only convolution, as older runs of ours have it
     codebook_init: float = 1.0  # standard deviation of fresh codebook entries (official 1)
     residual: bool = False  # the decoder draws x_{t+H} - x_t (official: x_{t+H} itself)
     official_peg: bool = False  # temporal PEG takes (b h w) t d memory for b t h w d

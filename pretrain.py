@@ -166,13 +166,14 @@ def answers_for(c, processes, dataset, train_set, held_out):
                 r2 = quantize.r2(*(np.concatenate(rows) for rows in zip(*known)))
                 processes.say("inverse dynamics R2 on held-out episodes:",
                               [r if r is None else round(r, 3) for r in r2])
-        known = np.concatenate(actions[:len(train_set)])
-        edges = data.fit_bins(known, c.bins, c.binary if c.labels == "action" else "")
-        if c.labels == "idm":  # a gripper's guesses are no values of their own
-            true = np.concatenate([e.actions for e in few])
-            edges = [e if len(e) <= data.FEW + 1 else guessed for guessed, e in
-                     zip(edges, data.fit_bins(true, c.bins, c.binary))]
-        processes.say(data.describe_bins(edges, known))
+        targets = np.concatenate(actions[:len(train_set)])
+        edges = data.fit_bins(targets, c.bins, c.binary if c.labels == "action" else "")
+        if c.labels == "idm":  # guesses of a gripper scatter around its values: take the true ones
+            few_actions = np.concatenate([e.actions for e in few])
+            true_edges = data.fit_bins(few_actions, c.bins, c.binary)
+            edges = [true if len(true) <= data.FEW + 1 else guessed
+                     for guessed, true in zip(edges, true_edges)]
+        processes.say(data.describe_bins(edges, targets))
         answers = [data.to_bins(a, edges) for a in actions]
         kept = {"bins": [list(e) for e in edges]}
     return answers[:len(train_set)], answers[len(train_set):], kept, marks

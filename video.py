@@ -131,6 +131,7 @@ class Pack:
             self.rows_file.close()  # which gives the lock back
 
     def wait_for_lock(self) -> None:
+        """Take the file's lock; a person who would wait for another process is told so"""
         try:
             fcntl.flock(self.rows_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -338,11 +339,12 @@ def frames_of_film(source: Source, timing: Timing) -> Iterator[np.ndarray]:
                     frames = packet.decode()
                 except av.error.InvalidDataError:
                     raise ValueError(f"damaged after picture {shown}") from None
-                # Some decoders only say that they have patched up a picture.
+                # Some decoders only log that they have lost or patched up a picture.
                 decoder = packet.stream.codec_context.name
-                complained = any(name == decoder for _, name, _ in errors)
+                if any(name == decoder for _, name, _ in errors):
+                    raise ValueError(f"damaged after picture {shown}")
                 for frame in frames:
-                    if frame.is_corrupt or complained:
+                    if frame.is_corrupt:
                         raise ValueError(f"picture {len(timing.pictures) + 1} is damaged")
                     timing.pictures.append(frame.time if timing.timed else None)
                     yield upright(frame.to_ndarray(format="rgb24"), frame)
@@ -361,8 +363,8 @@ def packets_of_film(container: Any, timing: Timing) -> Iterator[Any]:
     stream.thread_type = "NONE"  # films are decoded side by side
     stream.codec_context.options = {"err_detect": "explode"}
     kind = container.format.name
-    counted = kind == "mjpeg" or kind.endswith("_pipe")  # whose 25 per second are made up
-    timing.timed = not (counted or container.format.flags & NO_TIMESTAMPS)
+    made_up = kind == "mjpeg" or kind.endswith("_pipe")  # FFmpeg takes these for 25 per second
+    timing.timed = not (made_up or container.format.flags & NO_TIMESTAMPS)
     if timing.timed:
         timing.nominal = float(stream.average_rate or stream.guessed_rate or 0)
     for packet in container.demux(stream):
@@ -408,7 +410,7 @@ def refuse_broken_container(path: Path) -> None:
             file.seek(ebml_number(file) or 0, os.SEEK_CUR)
             walk_matroska(file, None, path.stat().st_size)
         elif start == b"GIF8":
-            file.seek(-16, os.SEEK_END)
+            file.seek(max(0, path.stat().st_size - 16))
             if not file.read().rstrip(b"\0").endswith(b";"):
                 raise ValueError("cut short: its end mark is missing")
 
@@ -473,7 +475,7 @@ def resampling(times: np.ndarray, fps: float | None) -> tuple[np.ndarray, float]
     if fps is None and (usual == 0 or times[-1] / usual > 16 * len(times)):
         raise ValueError(
             f"its pictures come {gaps.min():.3g} to {gaps.max():.3g} s apart: say in fps how many "
-            "frames per second it shall have"
+            "frames per second you want"
         )
     fps = float(fps or round(1 / usual, 3))
     if times[-1] * fps > 1e7:

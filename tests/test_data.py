@@ -513,8 +513,8 @@ def test_unknown_words_are_named_once_and_refused_where_no_word_is_known(capsys)
     assert said.count("\n") == 1 and "'mug', 'grasp', 'it'" in said
     sequences.check_words(["push the mug"])
     assert capsys.readouterr().out == ""
-    for texts in (["打开抽屉", "grasp mug"], ["."], [""], ["  "], ["push \ud800"], ["push </s>"],
-                  ["<vision> </vision>"]):
+    for texts in (["打开抽屉", "grasp mug"], ["."], [""], ["  "], ["push \ud800"],
+                  ["push </s>"], ["<vision> </vision>"]):
         with pytest.raises(data.NoKnownWord, match="none of the words|expected words|is no word"):
             sequences.check_words(texts)
 

@@ -512,7 +512,8 @@ def test_other_alphabets_under_an_old_locale(runs, tmp_path):
     """Checkpoints, labels and output, in a process whose own encoding is ASCII"""
     words = shutil.copytree(runs[0] / "table", tmp_path / "öffne")
     text = (words / "episodes.jsonl").read_text(encoding="utf-8")
-    rows = [{**json.loads(line), "instruction": "öffne 打开抽屉"} for line in text.splitlines()]
+    rows = [{**json.loads(line), "instruction": "öffne 打开抽屉"}
+            for line in text.splitlines()]
     for i, row in enumerate(rows):
         (words / row["video"]).rename(words / f"videos/bär{i}.npy")
         row["video"] = f"videos/bär{i}.npy"
