@@ -38,13 +38,16 @@ warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # our blocks write in
 
 MACHINE_FAULTS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # not of the file at hand
 
+
 def print_anything():
     """Words that a terminal cannot show must not end a run: print their escapes"""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
+
 print_anything()
+
 
 def fail(message):
     """Refuse bad input: one clear line and exit code 2."""
@@ -52,6 +55,7 @@ def fail(message):
         bar.close()
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
+
 
 @contextlib.contextmanager
 def refuse(what, kinds=(ValueError, OSError, TypeError)):
@@ -62,6 +66,7 @@ def refuse(what, kinds=(ValueError, OSError, TypeError)):
         if isinstance(error, OSError) and error.errno in MACHINE_FAULTS:
             fail(f"{error.filename or what}: {error.strerror}")
         fail(f"{what}: {cause(error)}".partition("\n")[0])
+
 
 def cause(error):
     """What an error says.  Of one that hides the operating system's (a full disk), what that says;
@@ -77,25 +82,31 @@ def cause(error):
         inner = inner.__cause__ or inner.__context__
     return error
 
+
 def to_json(value, indent=None):
     """JSON of plain values; numbers that JSON does not have (NaN, infinity) become null"""
+
     def finite(value):
         if isinstance(value, dict):
             return {key: finite(inner) for key, inner in value.items()}
         if isinstance(value, (list, tuple)):
             return [finite(inner) for inner in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
+
     return json.dumps(finite(value), indent=indent, allow_nan=False)
+
 
 def is_main_process():
     """Whether this is the only process, or the first of several that torchrun started"""
     return int(os.environ.get("RANK", 0)) == 0
+
 
 # ------------------------------------------------------------------------ command line
 def option_help(cls):
     """Field name -> the comment that stands behind it in the dataclass's source"""
     source = "".join(inspect.getsource(base) for base in reversed(cls.__mro__[:-1]))
     return dict(re.findall(r"^    (\w+): [^#\n]*(?:# *(.*))?$", source, re.MULTILINE))
+
 
 def parse_value(kind, least, text):
     """One option's text as bool, str, float, or int from `least` on"""
@@ -106,9 +117,13 @@ def parse_value(kind, least, text):
             raise ValueError
         return value
     except (ValueError, KeyError):
-        expected = {bool: "true or false", int: f"a whole number, {least} or more",
-                    float: "a number, 0 or more"}[kind]
+        expected = {
+            bool: "true or false",
+            int: f"a whole number, {least} or more",
+            float: "a number, 0 or more",
+        }[kind]
         raise argparse.ArgumentTypeError(f"{text!r}: expected {expected}") from None
+
 
 def parse_options(cls, argv, presets=None, positional=()):
     """Command line -> dataclass `cls`, and the set of options that were named on it.
@@ -117,13 +132,18 @@ def parse_options(cls, argv, presets=None, positional=()):
     preset, which beats the defaults.  Fields in `positional` stand without their name.  A whole
     number may be 0 where that is its default or its comment tells what 0 means."""
     presets, comments = presets or {}, option_help(cls)
-    shown = "\n".join(f"preset {name}: " + " ".join(f"--{k} {v}" for k, v in values.items())
-                      for name, values in presets.items())
-    before = sys.argv[1:len(sys.argv) - len(argv)]  # a word that chose this command
+    shown = "\n".join(
+        f"preset {name}: " + " ".join(f"--{k} {v}" for k, v in values.items())
+        for name, values in presets.items()
+    )
+    before = sys.argv[1 : len(sys.argv) - len(argv)]  # a word that chose this command
     parser = argparse.ArgumentParser(
-        usage=" ".join(["%(prog)s", *before, *positional, "[options]"]), epilog=shown,
-        argument_default=argparse.SUPPRESS, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        usage=" ".join(["%(prog)s", *before, *positional, "[options]"]),
+        epilog=shown,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.error = lambda message: fail(message.removeprefix("argument "))
     for field in dataclasses.fields(cls):
         name, comment = field.name, comments.get(field.name, "")
@@ -131,9 +151,12 @@ def parse_options(cls, argv, presets=None, positional=()):
         zero = field.type is float or field.default == 0 or name == "seed" or "0: " in comment
         plain, several = name in positional, field.type is list
         parser.add_argument(
-            name if plain else f"--{name}", metavar=name if plain else "",
-            nargs="+" if several else None, help=f"{default} {comment}".replace("%", "%%"),
-            type=partial(parse_value, str if several else field.type, 0 if zero else 1))
+            name if plain else f"--{name}",
+            metavar=name if plain else "",
+            nargs="+" if several else None,
+            help=f"{default} {comment}".replace("%", "%%"),
+            type=partial(parse_value, str if several else field.type, 0 if zero else 1),
+        )
     given, stray = parser.parse_known_args(argv)
     if stray:
         fail(f"{stray[0]!r}: no such option (see --help)")
@@ -146,6 +169,7 @@ def parse_options(cls, argv, presets=None, positional=()):
             fail(f"--{name} is required: {comments.get(name, '')}")
     return cls(**{**presets.get(chosen, {}), **given}), set(given)
 
+
 def matching(rows, where, index, problems=()):
     """The rows that fulfil `where`: "name=value,name=value", values compared as JSON (true, null, 5
     equals 5.0) or, where they are no JSON, as text.  Refuses a condition that no row fulfils."""
@@ -153,13 +177,20 @@ def matching(rows, where, index, problems=()):
     if where and not re.fullmatch(f"(?:{part})+", where):
         fail(f"--where {where!r}: expected name=value, comma separated")
     conditions = re.findall(part, where)
-    kept = [row for row in rows
-            if all(name in row and same_value(row[name], text) for name, text in conditions)]
+    kept = [
+        row
+        for row in rows
+        if all(name in row and same_value(row[name], text) for name, text in conditions)
+    ]
     if not kept and not problems:
         unknown = [name for name, _ in conditions if not any(name in row for row in rows)]
-        fail(f"{index}: no episode" + (f" with {where}" if where else "")
-             + (f" (none has a field {unknown[0]!r})" if rows and unknown else ""))
+        fail(
+            f"{index}: no episode"
+            + (f" with {where}" if where else "")
+            + (f" (none has a field {unknown[0]!r})" if rows and unknown else "")
+        )
     return kept
+
 
 def same_value(value, text):
     """Whether a JSON value is what the text says: numbers by value, True as true"""
@@ -172,6 +203,7 @@ def same_value(value, text):
     if type(value) is type(wanted) and value == wanted:
         return True
     return str(value) == text
+
 
 @dataclasses.dataclass(kw_only=True)
 class TrainConfig:
@@ -198,10 +230,16 @@ class TrainConfig:
     checkpointing: bool = False  # recompute a block's activations backward, to save memory
     compile: bool = False  # torch.compile each block
 
+
 MAY_CHANGE = {f.name for f in dataclasses.fields(TrainConfig)} - {  # in a run that is resumed
-    "where", "held_out", "batch", "seed"}
+    "where",
+    "held_out",
+    "batch",
+    "seed",
+}
 # Files and folders are compared by what they hold (see Run, identity), not by how they are spelled.
 PATH_OPTIONS = {"laq", "latents", "init_from", "vqgan", "labelled_data"}
+
 
 # ------------------------------------------------------------------------ processes
 class Processes:
@@ -249,8 +287,9 @@ class Processes:
             check_compiler(self.device, "--compile")
         for block in blocks:
             if c.checkpointing:
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False,
-                                        preserve_rng_state=False)  # no block draws numbers
+                block.forward = partial(
+                    checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+                )  # no block draws numbers
             if c.compile:
                 block.compile()
         meta = next(model.parameters()).is_meta
@@ -283,8 +322,10 @@ class Processes:
                 fail(f"the loss is {loss.item()}: {who()}")
             (loss / c.accumulate).backward()
             results.append((loss.detach(), *more))
-        return [torch.cat(parts) if parts[0].dim() else torch.stack(parts).mean()
-                for parts in zip(*results)]
+        return [
+            torch.cat(parts) if parts[0].dim() else torch.stack(parts).mean()
+            for parts in zip(*results)
+        ]
 
     def gather(self, tensor):
         """Every rank's part of a batch -> the whole of it, on every rank"""
@@ -299,21 +340,28 @@ class Processes:
         row = torch.tensor([list(values.values())], dtype=torch.float64, device=self.device)
         return dict(zip(values, self.gather(row).mean(0).tolist()))
 
+
 def check_compiler(device, option):
     """Refuse torch.compile in one line where it does not work, for want of a C++ compiler, say"""
+
     def add_one(x):
         return x + 1
+
     try:
         torch.compile(add_one)(torch.zeros(2, device=device))
     except Exception as error:  # each backend has its own
         said = [line for line in str(error).splitlines() if line.strip()]
         fail(f"{option}: torch.compile does not work on this machine: {said[0] if said else error}")
 
+
 def make_optimizer(groups, kind=torch.optim.AdamW, **settings):
     """Optimizer over groups [{"params": [...], "lr": ..}]; each parameter lands in exactly one."""
-    groups = [{**g, "peak": g["lr"], "params": [p for p in g["params"] if p.requires_grad]}
-              for g in groups]
+    groups = [
+        {**g, "peak": g["lr"], "params": [p for p in g["params"] if p.requires_grad]}
+        for g in groups
+    ]
     return kind([g for g in groups if g["params"]], fused=True, **settings)
+
 
 def optimizer_step(optimizer, processes, c, step):
     """Average over ranks what FSDP has not, clip the norm of gradients at c.clip, step at the rate
@@ -337,6 +385,7 @@ def optimizer_step(optimizer, processes, c, step):
     optimizer.zero_grad(set_to_none=True)
     return float(norm)
 
+
 def warmup_cosine(step, steps, warmup, floor):
     """Learning-rate factor: linear over `warmup` steps, then a cosine from 1 down to `floor`"""
     if step < warmup:
@@ -344,31 +393,48 @@ def warmup_cosine(step, steps, warmup, floor):
     share = (step - warmup) / max(1, steps - warmup)
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share))
 
+
 def seed_step(seed, step):
     """Seed torch, so that noise is a function of (seed, step) and resuming needs no state"""
     digest = hashlib.sha256(f"{seed} {step} 0".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:7], "little"))
 
+
 # ------------------------------------------------------------------------ files
 def differences(expected, found):
     """Two tables name -> shape: every missing, unexpected and misshapen tensor in words, or "" """
-    wrong = [f"{n} {tuple(found[n])}, expected {tuple(expected[n])}"
-             for n in sorted(expected.keys() & found.keys()) if found[n] != expected[n]]
-    return "; ".join(f"{what}: {', '.join(names)}" for what, names in
-                     (("missing", sorted(expected.keys() - found.keys())),
-                      ("unexpected", sorted(found.keys() - expected.keys())),
-                      ("wrong shape", wrong)) if names)
+    wrong = [
+        f"{n} {tuple(found[n])}, expected {tuple(expected[n])}"
+        for n in sorted(expected.keys() & found.keys())
+        if found[n] != expected[n]
+    ]
+    return "; ".join(
+        f"{what}: {', '.join(names)}"
+        for what, names in (
+            ("missing", sorted(expected.keys() - found.keys())),
+            ("unexpected", sorted(found.keys() - expected.keys())),
+            ("wrong shape", wrong),
+        )
+        if names
+    )
+
 
 def whole(tensor):
     """All of a tensor, sharded or not; every process takes part"""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
+
 def put(parameter, values):
     """Fill a parameter, or this rank's part of a sharded one, with its values as a whole"""
     if isinstance(parameter, DTensor):
-        values = distribute_tensor(values.to(parameter.device).contiguous(), parameter.device_mesh,
-                                   parameter.placements, src_data_rank=None)
+        values = distribute_tensor(
+            values.to(parameter.device).contiguous(),
+            parameter.device_mesh,
+            parameter.placements,
+            src_data_rank=None,
+        )
     parameter.detach().copy_(values)
+
 
 def load_strictly(model, weights, fresh=()):
     """Copy `weights` (name -> tensor or safetensors slice, read one by one) into model; names and
@@ -376,11 +442,13 @@ def load_strictly(model, weights, fresh=()):
     that names all `differences`."""
     ours = {n: t for n, t in model.state_dict().items() if n not in fresh}
     shape = lambda w: tuple(w.shape if torch.is_tensor(w) else w.get_shape())
-    if problems := differences({n: shape(t) for n, t in ours.items()},
-                               {n: shape(w) for n, w in weights.items()}):
+    if problems := differences(
+        {n: shape(t) for n, t in ours.items()}, {n: shape(w) for n, w in weights.items()}
+    ):
         raise ValueError(problems)
     for name, tensor in ours.items():
         put(tensor, weights[name][:])
+
 
 @contextlib.contextmanager
 def atomically(path, tag=None, durable=False):
@@ -400,18 +468,22 @@ def atomically(path, tag=None, durable=False):
         with contextlib.suppress(OSError):
             draft.unlink()
 
+
 def write_atomically(path, text, durable=False):
     with refuse(f"{path}: not written"), atomically(path, durable=durable) as draft:
         draft.write_text(text, encoding="utf-8")
+
 
 def save_weights(folder, tensors, shard=2 << 30):
     """Write (name, tensor) pairs to folder/model.safetensors or, where they take more than `shard`
     bytes, to numbered files with an index (Hugging Face's layout).  Holds one shard in memory."""
     parts, held = [], {}  # parts: the names in each file
+
     def write():
         save_file(held, folder / f"part{len(parts)}")
         parts.append(list(held))
         held.clear()
+
     for name, tensor in tensors:
         tensor = tensor.detach().cpu().contiguous()
         if held and sum(t.nbytes for t in held.values()) + tensor.nbytes > shard:
@@ -421,11 +493,14 @@ def save_weights(folder, tensors, shard=2 << 30):
         write()
     final = [f"model-{i:05}-of-{len(parts):05}.safetensors" for i in range(1, len(parts) + 1)]
     if len(parts) > 1:
-        index = {"metadata": {"total_size": sum(p.stat().st_size for p in folder.glob("part*"))},
-                 "weight_map": {name: final[i] for i, part in enumerate(parts) for name in part}}
+        index = {
+            "metadata": {"total_size": sum(p.stat().st_size for p in folder.glob("part*"))},
+            "weight_map": {name: final[i] for i, part in enumerate(parts) for name in part},
+        }
         (folder / "model.safetensors.index.json").write_text(to_json(index, 1), encoding="utf-8")
-    for i, name in enumerate(final if len(parts) > 1 else ["model.safetensors"][:len(parts)]):
+    for i, name in enumerate(final if len(parts) > 1 else ["model.safetensors"][: len(parts)]):
         os.replace(folder / f"part{i}", folder / name)
+
 
 def weight_files(folder):
     """The safetensors files of a checkpoint's folder, one or several"""
@@ -433,6 +508,7 @@ def weight_files(folder):
     if index.is_file():
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     return [Path(folder) / name for name in names]
+
 
 def write_checkpoint(folder, tensors, meta, files):
     """Make a folder of weights ((name, tensor) pairs), config.json (meta) and files: name -> text,
@@ -451,11 +527,13 @@ def write_checkpoint(folder, tensors, meta, files):
             save_file({n: tensor.contiguous() for n, tensor in content}, folder / name)
     (folder / "config.json").write_text(to_json(meta, 1), encoding="utf-8")
 
+
 def latest(path):
     """A run's folder -> its newest checkpoint's; any other path as it is"""
     path = Path(path)
     mark = path / "latest"
     return path / mark.read_text(encoding="utf-8").strip() if mark.is_file() else path
+
 
 def open_checkpoint(path, option, stages):
     """A run's folder or a checkpoint's own -> the checkpoint's, and meta (config.json).  Refuses,
@@ -471,12 +549,14 @@ def open_checkpoint(path, option, stages):
         fail(f"--{option} {path}: holds stage {meta['stage']!r}, expected {' or '.join(stages)}")
     return path, meta
 
+
 def load_checkpoint(path, option, stages):
     """-> weights (name -> safetensors slice, read when indexed), meta.  Refuses as above."""
     path, meta = open_checkpoint(path, option, stages)
     with refuse(f"--{option} {path}: unreadable checkpoint", (OSError, SafetensorError)):
         files = [safe_open(file, "pt") for file in weight_files(path)]
         return {name: file.get_slice(name) for file in files for name in file.keys()}, meta
+
 
 def fingerprint(path):
     """12 hex digits that name the weights of a run's newest checkpoint"""
@@ -487,6 +567,7 @@ def fingerprint(path):
                 digest.update(block)
     return digest.hexdigest()[:12]
 
+
 def lock(file):
     """Whether this process may write to an open file: no other one has locked it.  The lock is
     given back when the process ends or closes any handle of that file."""
@@ -496,6 +577,7 @@ def lock(file):
         return error.errno not in (errno.EAGAIN, errno.EACCES)
     return True
 
+
 def refuse_busy(out):
     """Before hours of other work: refuse a run folder that another run writes into"""
     log = Path(out) / "metrics.jsonl"
@@ -504,6 +586,7 @@ def refuse_busy(out):
             if not lock(file):
                 fail(f"--out {out}: another run is writing into this folder")
 
+
 class Run:
     """The output folder of a stage: metrics.jsonl, a progress bar, checkpoints, resuming (for which
     `shape`, the network's config, `identity`, marks of files, and options must agree).  Order of
@@ -511,8 +594,12 @@ class Run:
 
     def __init__(self, config, processes, stage, shape, **identity):
         self.c, self.out, self.processes, self.stage = config, Path(config.out), processes, stage
-        self.meta = {"stage": stage, "model": shape.__dict__, "identity": identity,
-                     "options": config.__dict__}
+        self.meta = {
+            "stage": stage,
+            "model": shape.__dict__,
+            "identity": identity,
+            "options": config.__dict__,
+        }
         self.start, self.found, self.numbers, self.signals = 0, None, {}, []
         free = 1.0
         if processes.main:
@@ -528,8 +615,10 @@ class Run:
             self.found, self.found_meta = open_checkpoint(self.out, "out", (stage,))
             self.start = self.found_meta["step"]
             if not config.resume:
-                fail(f"--out {self.out} already holds a checkpoint of step {self.start}: pass "
-                     "--resume true to continue it, or another --out")
+                fail(
+                    f"--out {self.out} already holds a checkpoint of step {self.start}: pass "
+                    "--resume true to continue it, or another --out"
+                )
             self.refuse_another_run(self.found_meta)
             if self.start > config.steps:
                 fail(f"--steps {config.steps}: --out {self.out} has done {self.start} already")
@@ -541,13 +630,23 @@ class Run:
     def refuse_another_run(self, theirs):
         """What is continued has to be the same run: same network, data, files and options"""
         pairs = [(self.meta["identity"], theirs["identity"])]
-        pairs.append([{key: value for key, value in (meta["options"] | meta["model"]).items()
-                       if key not in MAY_CHANGE | PATH_OPTIONS} for meta in (self.meta, theirs)])
+        pairs.append(
+            [
+                {
+                    key: value
+                    for key, value in (meta["options"] | meta["model"]).items()
+                    if key not in MAY_CHANGE | PATH_OPTIONS
+                }
+                for meta in (self.meta, theirs)
+            ]
+        )
         for ours, found in pairs:
             for key in sorted(ours.keys() & found.keys()):
                 if ours[key] != found[key]:
-                    fail(f"--out {self.out} was made with {key} = {found[key]}, this run has "
-                         f"{ours[key]}: remove it or pass another --out")
+                    fail(
+                        f"--out {self.out} was made with {key} = {found[key]}, this run has "
+                        f"{ours[key]}: remove it or pass another --out"
+                    )
 
     def forget_unsaved_steps(self):
         """Drop the log's rows after the checkpoint that is continued, and a torn last line"""
@@ -569,33 +668,49 @@ class Run:
         self.meta, self.files = self.meta | meta, files
         if self.found:
             if self.found_meta.get("bins") != self.meta.get("bins"):
-                fail(f"--out {self.out} was made with other action bins than these options give: "
-                     "pass another --out")
+                fail(
+                    f"--out {self.out} was made with other action bins than these options give: "
+                    "pass another --out"
+                )
             state = self.state()
             groups = state["optimizer"].pop("param_groups")  # rates and such are this run's own
-            with refuse(f"--out {self.found}: cannot be continued",
-                        (Exception, CheckpointException)):
+            with refuse(
+                f"--out {self.found}: cannot be continued", (Exception, CheckpointException)
+            ):
                 for part in state:  # what never had a gradient has no optimizer state
-                    dcp.load({part: state[part]}, checkpoint_id=self.found / "training",
-                             planner=DefaultLoadPlanner(allow_partial_load=part == "optimizer"))
+                    dcp.load(
+                        {part: state[part]},
+                        checkpoint_id=self.found / "training",
+                        planner=DefaultLoadPlanner(allow_partial_load=part == "optimizer"),
+                    )
                 model.load_state_dict(state["model"])
                 state["optimizer"]["param_groups"] = groups
                 state_dict.set_optimizer_state_dict(model, optimizer, state["optimizer"])
             self.processes.say(f"resuming {self.out} at step {self.start}")
 
     def state(self):
-        return {"model": self.model.state_dict(),
-                "optimizer": state_dict.get_optimizer_state_dict(self.model, self.optimizer)}
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": state_dict.get_optimizer_state_dict(self.model, self.optimizer),
+        }
 
     def loop(self, unit, batches):
         """Yield (step, batch) for the steps that are left, torch seeded by the step, behind a
         progress bar that counts `unit` a second.  SIGTERM and Ctrl-C end it behind a step."""
+
         def caught(number, _):
             self.signals.append(number)
             signal.signal(number, before[number])  # a second one ends it at once
+
         before = {kind: signal.signal(kind, caught) for kind in (signal.SIGTERM, signal.SIGINT)}
-        self.bar = tqdm(range(self.start, self.c.steps), self.stage, self.c.steps,
-                        initial=self.start, mininterval=1.0, disable=not self.processes.main)
+        self.bar = tqdm(
+            range(self.start, self.c.steps),
+            self.stage,
+            self.c.steps,
+            initial=self.start,
+            mininterval=1.0,
+            disable=not self.processes.main,
+        )
         self.unit, self.mark = unit, (time.time(), self.start)
         try:
             for self.step, batch in zip(self.bar, batches):
@@ -634,10 +749,18 @@ class Run:
             for old in (final, *self.out.glob(".step_*")):  # left by a killed process
                 shutil.rmtree(old, ignore_errors=True)
         weights = self.export()
-        place = atomically(final, "draft", durable=True) if main else \
-            contextlib.nullcontext(self.out / f".{final.name}.draft")
-        with refuse(f"{final}: not written, {self.found or 'nothing'} is the last checkpoint",
-                    (OSError, RuntimeError, SafetensorError, CheckpointException)), place as draft:
+        place = (
+            atomically(final, "draft", durable=True)
+            if main
+            else contextlib.nullcontext(self.out / f".{final.name}.draft")
+        )
+        with (
+            refuse(
+                f"{final}: not written, {self.found or 'nothing'} is the last checkpoint",
+                (OSError, RuntimeError, SafetensorError, CheckpointException),
+            ),
+            place as draft,
+        ):
             if main:
                 write_checkpoint(draft, weights, {**self.meta, "step": step}, self.files)
             for _ in weights:  # nothing is left for the main process, others take part
@@ -645,7 +768,7 @@ class Run:
             dcp.save(self.state(), checkpoint_id=draft / "training")
         if main:
             write_atomically(self.out / "latest", final.name + "\n", durable=True)
-            for old in sorted(self.out.glob("step_*"))[:-self.c.keep]:
+            for old in sorted(self.out.glob("step_*"))[: -self.c.keep]:
                 shutil.rmtree(old)
         self.found = final
         self.processes.barrier()
@@ -654,8 +777,12 @@ class Run:
         rate = round(self.c.batch * (step - self.mark[1]) / max(now - self.mark[0], 1e-9), 1)
         self.mark = now, step
         self.bar.set_postfix({**self.numbers, f"{self.unit}/s": rate}, refresh=False)
-        row = {"step": step, **self.numbers, f"{self.unit}_per_s": rate,
-               "seconds": round(now - self.began, 1)}
+        row = {
+            "step": step,
+            **self.numbers,
+            f"{self.unit}_per_s": rate,
+            "seconds": round(now - self.began, 1),
+        }
         with refuse(f"{self.log.name}: not written"):
             self.log.write(to_json(row) + "\n")
             self.log.flush()

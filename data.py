@@ -31,10 +31,20 @@ from tqdm import tqdm
 
 import tabletop
 import video
-from common import (atomically, fail, is_main_process, latest, load_strictly, matching,
-                    parse_options, refuse, to_json)
+from common import (
+    atomically,
+    fail,
+    is_main_process,
+    latest,
+    load_strictly,
+    matching,
+    parse_options,
+    refuse,
+    to_json,
+)
 from model import ACTION, END_OF_IMAGE, LATENT, TEXT, VISION, VQGAN, VQGANConfig
 from video import how_resampled, official_resize, resize
+
 
 # ------------------------------------------------------------------------ episodes
 @dataclass
@@ -49,6 +59,7 @@ class Episode:
     actions: np.ndarray = None
     key: str = ""  # of the frames in the packed cache
     codes: np.ndarray = None  # uint16 [T, N] of a VQGAN, where the model reads those
+
 
 @dataclass
 class Dataset:
@@ -69,13 +80,15 @@ class Dataset:
             fail(f"{self.path}: nothing left after holding out {len(late)} episodes (--held_out)")
         return train, [e for e in self.episodes if e.id in late]
 
+
 def labelled_few(episodes, count, seed, exact=True):
     """The `count` episodes (0: all) whose action labels finetuning (and VPT) may use, drawn by seed
     from those that have some; fewer, where there are not so many, unless `exact`"""
     known = [e for e in episodes if e.actions is not None]
     if not known or exact and len(known) < count:
         fail(f"--labelled {count}: only {len(known)} episodes with actions are left to learn from")
-    return [known[i] for i in np.random.default_rng(seed).permutation(len(known))[:count or None]]
+    return [known[i] for i in np.random.default_rng(seed).permutation(len(known))[: count or None]]
+
 
 def open_dataset(path, size, where="", actions_needed=False, official=False):
     """Validate a dataset and open it at size x size pixels; exits with every defect listed.
@@ -86,12 +99,14 @@ def open_dataset(path, size, where="", actions_needed=False, official=False):
     index = path / "episodes.jsonl"
     rows, problems = _read_rows(index)
     rows = matching(rows, where, index, problems)
-    pack = video.Pack(video.cache_file(f"frames_{size}" + "_official" * official, path),
-                      (size, size, 3), "uint8")
+    pack = video.Pack(
+        video.cache_file(f"frames_{size}" + "_official" * official, path), (size, size, 3), "uint8"
+    )
     try:
         sources, missing = _look_at_videos(path, rows)
-        undecodable = video.fill_cache(pack, list(sources.values()),
-                                       official_resize if official else resize, path.name)
+        undecodable = video.fill_cache(
+            pack, list(sources.values()), official_resize if official else resize, path.name
+        )
         episodes = []
         for row in rows:
             source = sources.get(row["id"])
@@ -104,14 +119,18 @@ def open_dataset(path, size, where="", actions_needed=False, official=False):
     episodes = [episode for episode in episodes if episode is not None]
     widths = {e.id: e.actions.shape[1] for e in episodes if e.actions is not None}
     usual = mode(widths.values()) if widths else None
-    problems += [f"{index}: episode {name!r}: field actions: width {width}, {usual} in most other "
-                 "episodes" for name, width in widths.items() if width != usual]
+    problems += [
+        f"{index}: episode {name!r}: field actions: width {width}, {usual} in most other episodes"
+        for name, width in widths.items()
+        if width != usual
+    ]
     if problems:
         shown = "\n  ".join(problems)
         fail(f"{len(problems)} defects in {path}\n  {shown}" if problems[1:] else shown)
     if is_main_process():
         video.say_about_films(path, {e.id: (pack.entries[e.key], e.fps) for e in episodes})
     return Dataset(path, hashlib.sha256(index.read_bytes()).hexdigest()[:12], episodes)
+
 
 def _read_rows(index):
     """-> rows that are JSON objects, and the defects that need no decoding"""
@@ -135,12 +154,14 @@ def _read_rows(index):
             rows[row["id"]] = row
     return list(rows.values()), problems
 
+
 def _inside(root, text):
     """A path of the dataset, as episodes.jsonl gives it: relative, and never out of it.  File names
     on disk are UTF-8 whatever the locale."""
     if not isinstance(text, str) or not text or os.path.isabs(text) or ".." in Path(text).parts:
         raise ValueError("expected a path inside the dataset")
     return root / os.fsdecode(text.encode("utf-8", "surrogatepass"))
+
 
 def _look_at_videos(root, rows):
     """-> {id: video.Source} of the videos that are there, {id: what is wrong} of the others"""
@@ -155,12 +176,15 @@ def _look_at_videos(root, rows):
             missing[row["id"]] = video.reason(error)
     return sources, missing
 
+
 def _is_text(value):
     """Whether a JSON value is text that can be written; half of a surrogate pair cannot"""
     return isinstance(value, str) and value.strip() and not re.search("[\ud800-\udfff]", value)
 
+
 def _is_rate(fps):
     return type(fps) in (int, float) and 0 < fps < 2**63
+
 
 def _load_episode(root, row, pack, source, bad_video, actions_needed):
     """-> Episode (None where it has defects), and "field: text" of each defect.
@@ -180,8 +204,10 @@ def _load_episode(root, row, pack, source, bad_video, actions_needed):
             actions = _load_actions(_inside(root, row["actions"]), T)
         except Exception as error:
             video.refuse_machine_faults(error, root)
-            bad.append(f"actions: expected numbers [T-1 or T, A] in {row['actions']!r}: "
-                       f"{video.reason(error)}{how_resampled(entry)}")
+            bad.append(
+                f"actions: expected numbers [T-1 or T, A] in {row['actions']!r}: "
+                f"{video.reason(error)}{how_resampled(entry)}"
+            )
     elif actions_needed:
         bad.append("actions: missing, and this stage needs labelled episodes")
     if not _is_text(instruction):
@@ -195,15 +221,21 @@ def _load_episode(root, row, pack, source, bad_video, actions_needed):
     if T is not None and T < 2:
         bad.append(f"video: {row['video']} holds one frame, expected at least 2")
     if T is not None and row.get("frames", T) != T:
-        bad.append(f"frames: says {row.get('frames')!r}, but {row['video']} holds "
-                   f"{T}{how_resampled(entry)}")
-    if T is not None and captions is not None and not (
-            isinstance(captions, list) and [type(c) for c in captions] == [str] * T):
+        bad.append(
+            f"frames: says {row.get('frames')!r}, but {row['video']} holds "
+            f"{T}{how_resampled(entry)}"
+        )
+    if (
+        T is not None
+        and captions is not None
+        and not (isinstance(captions, list) and [type(c) for c in captions] == [str] * T)
+    ):
         bad.append(f"captions: expected a list of {T} strings{how_resampled(entry)}")
     if bad:
         return None, bad
     episode = Episode(row["id"], instruction.strip(), float(fps), row, frames, actions, source.key)
     return episode, bad
+
 
 def _load_actions(path, T):
     with np.errstate(over="ignore"):  # too large for float32: infinity
@@ -212,9 +244,11 @@ def _load_actions(path, T):
         raise ValueError(f"found shape {actions.shape}, T is {T or 'unknown'}")
     broken = np.flatnonzero(~np.isfinite(actions).all(1))
     if len(broken):
-        raise ValueError(f"found NaN, infinity or what is too large for float32, first in row "
-                         f"{broken[0]}")
+        raise ValueError(
+            f"found NaN, infinity or what is too large for float32, first in row {broken[0]}"
+        )
     return actions
+
 
 # ------------------------------------------------------------------------ frames and their codes
 def to_float(frames, device=torch.device("cpu")):
@@ -224,6 +258,7 @@ def to_float(frames, device=torch.device("cpu")):
         x = x.pin_memory().to(device, non_blocking=True)
     return x.movedim(-1, -3).float() / 255
 
+
 def load_vqgan(path, option, device, shape):
     """The image tokenizer beside a VLA of that shape (its config) -> VQGAN, frozen, with its `file`
     on disk; None for a VLA that reads linear patches.  Refuses one that reads no images."""
@@ -232,8 +267,10 @@ def load_vqgan(path, option, device, shape):
         fail(f"--{option} {folder}: a model of text alone, it reads no images")
     if not shape["vision_vocab"]:
         return None
-    with refuse(f"--{option} {folder}: expected a VQGAN, as convert.py puts it beside a model",
-                (KeyError, TypeError, OSError, ValueError, SafetensorError)):
+    with refuse(
+        f"--{option} {folder}: expected a VQGAN, as convert.py puts it beside a model",
+        (KeyError, TypeError, OSError, ValueError, SafetensorError),
+    ):
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         vqgan = VQGAN(VQGANConfig(**config["vqgan"]))
         vqgan.file = folder / "vqgan.safetensors"
@@ -241,9 +278,12 @@ def load_vqgan(path, option, device, shape):
         load_strictly(vqgan, load_file(vqgan.file))
         found = 2 ** (len(vqgan.config.multipliers) - 1), vqgan.config.codebook_size
         if found[0] != patch or not found[1] <= END_OF_IMAGE < shape["vision_vocab"]:
-            raise ValueError(f"{found[1]} codes for {found[0]} pixels each do not fit a model of "
-                             f"{shape['vision_vocab']} for {patch}")
+            raise ValueError(
+                f"{found[1]} codes for {found[0]} pixels each do not fit a model of "
+                f"{shape['vision_vocab']} for {patch}"
+            )
     return vqgan.to(device).eval()
+
 
 def add_codes(dataset, episodes, vqgan, processes, most=1 << 16):
     """Give episodes of a dataset the codes of their frames, uint16 [T, N] memory-mapped: made once,
@@ -255,12 +295,15 @@ def add_codes(dataset, episodes, vqgan, processes, most=1 << 16):
         path = video.cache_file(f"codes_{vqgan.mark}_{size}", dataset.path)
         pack = video.Pack(path, (patches,), "uint16")
         missing = {e.key: e for e in episodes if e.key not in pack.entries}
-        ours = list(missing.values())[processes.rank::processes.world]
+        ours = list(missing.values())[processes.rank :: processes.world]
         fresh, count = {}, 0
-        for e in tqdm(ours, "image codes", mininterval=1.0, leave=False,
-                      disable=not processes.main):
-            codes = [vqgan.encode(to_float(np.array(e.frames[t:t + 16]), processes.device) * 2 - 1)
-                     for t in range(0, len(e.frames), 16)]
+        for e in tqdm(
+            ours, "image codes", mininterval=1.0, leave=False, disable=not processes.main
+        ):
+            codes = [
+                vqgan.encode(to_float(np.array(e.frames[t : t + 16]), processes.device) * 2 - 1)
+                for t in range(0, len(e.frames), 16)
+            ]
             fresh[e.key] = torch.cat(codes).cpu().numpy().astype(np.uint16)
             count += len(fresh[e.key])
             if count > most:
@@ -274,6 +317,7 @@ def add_codes(dataset, episodes, vqgan, processes, most=1 << 16):
     except video.MachineFault as fault:
         fail(fault)
 
+
 def _write_codes(pack, fresh):
     """Append arrays {key: codes} that no other process has written meanwhile"""
     if fresh:
@@ -282,11 +326,13 @@ def _write_codes(pack, fresh):
                 if key not in pack.entries:
                     pack.append(key, [codes.tobytes()])
 
+
 def put_codes(tokens, kinds, codes):
     """tokens, kinds [B, L], codes [B, N] -> tokens with codes and END_OF_IMAGE where vision is"""
     image = torch.cat((codes, torch.full_like(codes[:, :1], END_OF_IMAGE)), dim=1)
     vision = kinds == VISION
     return torch.where(vision, image.gather(1, (vision.cumsum(1) - 1).clamp(min=0)), tokens)
+
 
 def augment(batch, share, vqgan, *part):
     """Move a batch's pictures by random offsets (wherever a camera looks, the motion is the same);
@@ -299,20 +345,26 @@ def augment(batch, share, vqgan, *part):
     codes = vqgan.encode(images)
     return {**batch, "images": None, "tokens": put_codes(batch["tokens"], batch["kinds"], codes)}
 
+
 # ------------------------------------------------------------------------ windows and batches
 def window_frames(seconds, fps):
     """A window in seconds -> H in whole frames of an episode, at least 1 (0.6 s at 5 fps: 3)"""
     return max(1, int(seconds * fps + 0.5))
 
+
 def future_index(t, length, h):
     """x_{t+H}, clamped to the last frame at the end of an episode (code)"""
     return np.minimum(np.asarray(t) + h, length - 1)
 
+
 def frame_pairs(episodes, which, window):
     """which [(episode index, t), ..] -> uint8 [B, 2, S, S, 3]: x_t and x_{t+H}"""
+
     def pair(e, t):
         return e.frames[[t, future_index(t, len(e.frames), window_frames(window, e.fps))]]
+
     return np.stack([pair(episodes[e], t) for e, t in which])
+
 
 def draw(seed, step, batch, lengths):
     """`batch` random (clip, frame) pairs, a pure function of (seed, step): a random frame of a
@@ -320,6 +372,7 @@ def draw(seed, step, batch, lengths):
     rng = np.random.default_rng((seed, step))
     clips = rng.integers(len(lengths), size=batch)
     return [(int(e), int(rng.random() * lengths[e])) for e in clips]
+
 
 def stream(make, start, stop, workers=1, ahead=3):
     """Yield make(step) for step in start..stop-1, prepared in the background, always in order."""
@@ -331,16 +384,20 @@ def stream(make, start, stop, workers=1, ahead=3):
             if step >= start + ahead:
                 yield waiting.pop(0).result()
 
+
 def random_shift(pictures, share, batch=None, mine=slice(None)):
     """Move the pictures of each row [B, .., H, W] by one random offset of up to `share` of their
     size, edges replicated.  The rows are the part `mine` of a global batch of offsets."""
     B, H, W = len(pictures), *pictures.shape[-2:]
+
     def shifted(length):
         most = int(share * length)
         offset = torch.randint(-most, most + 1, (batch or B, 1))[mine]
         return (torch.arange(length) + offset).clamp(0, length - 1).to(pictures.device)
+
     at = torch.arange(B, device=pictures.device)[:, None, None]
     return pictures[at, ..., shifted(H)[:, :, None], shifted(W)[:, None]].movedim((1, 2), (-2, -1))
+
 
 # ------------------------------------------------------------------------ labels and action bins
 def save_labels(path, labels, meta):
@@ -350,22 +407,31 @@ def save_labels(path, labels, meta):
     with refuse(f"{path}: not written", (OSError, SafetensorError)), atomically(path) as draft:
         save_file(packed, draft, {"meta": to_json(meta)})
 
+
 def load_labels(path, dataset, episodes):
     """-> list of int64 [T, K], one an episode, and the labels' meta.  Refuses another dataset's."""
-    with refuse(f"{path}: no labels there (make them with quantize.py label)",
-                (OSError, SafetensorError, TypeError, KeyError, ValueError)), \
-            safe_open(path, "numpy") as file:
+    with (
+        refuse(
+            f"{path}: no labels there (make them with quantize.py label)",
+            (OSError, SafetensorError, TypeError, KeyError, ValueError),
+        ),
+        safe_open(path, "numpy") as file,
+    ):
         meta = json.loads(file.metadata()["meta"])
         found = {name: file.get_tensor(name).astype(np.int64) for name in file.keys()}
     if meta["dataset"] != dataset.fingerprint:
-        fail(f"{path}: made for another dataset ({meta['dataset']}) than {dataset.path} "
-             f"({dataset.fingerprint})")
+        fail(
+            f"{path}: made for another dataset ({meta['dataset']}) than {dataset.path} "
+            f"({dataset.fingerprint})"
+        )
     for e in episodes:
         if (count := len(found.get(e.id, ()))) != len(e.frames):
             fail(f"{path}: episode {e.id!r} has {count} labels, expected {len(e.frames)}")
     return [found[e.id] for e in episodes], meta
 
+
 FEW = 16  # an action dimension with that many distinct values at most has one bin for each of them
+
 
 def fit_bins(actions, bins=256, binary=""):
     """Cut every action dimension into bins (paper 3.3) -> list of A float64 arrays.
@@ -392,6 +458,7 @@ def fit_bins(actions, bins=256, binary=""):
             edges.append(quantile_edges(column, bins))
     return edges
 
+
 def distinct_values(column):
     """The distinct values of a column, in rising order.  Where these are a few heaps that only the
     rounding of float32 spreads (1 and 0.9999999), the most frequent one of each"""
@@ -402,15 +469,18 @@ def distinct_values(column):
         return values
     return np.array([values[heap[counts[heap].argmax()]] for heap in heaps])
 
+
 def quantile_edges(column, bins):
     """Edges of up to `bins` bins of equal count, as pandas' qcut cuts them: duplicate edges are
     dropped, so fewer bins may remain"""
     return np.unique(np.quantile(column.astype(np.float64), np.linspace(0, 1, bins + 1)))
 
+
 def bins_of_values(values):
     """One bin for each of these values, in rising order.  Edges never repeat, so a first number
     that stands twice marks an array of values."""
     return np.concatenate([values[:1], values])
+
 
 def binary_bins(a, column, values, bins):
     """Bins of dimension `a`, which --binary names, given its column and its distinct values: the
@@ -424,9 +494,12 @@ def binary_bins(a, column, values, bins):
     high = column > (values[0] + values[-1]) / 2
     heaps = np.median(column[~high]), np.median(column[high])
     if np.abs(column - np.where(high, *heaps[::-1])).mean() > 0.05 * np.ptp(values):
-        fail(f"--binary {a}: dimension {a} has {len(values)} values from {values[0]:g} to "
-             f"{values[-1]:g}, expected two, or values between 0 and 1")
+        fail(
+            f"--binary {a}: dimension {a} has {len(values)} values from {values[0]:g} to "
+            f"{values[-1]:g}, expected two, or values between 0 and 1"
+        )
     return bins_of_values(np.array(heaps))
+
 
 def describe_bins(edges, actions):
     """How many bins each dimension has, and what the rows float [M, A] lose in them, in words"""
@@ -439,6 +512,7 @@ def describe_bins(edges, actions):
             said.append(f"{count} (one per value)" if count > 1 else f"1 (always {values[0]:g})")
     return "bins per dimension: " + ", ".join(said)
 
+
 def refuse_other_values(edges, actions, whose, guessed=False):
     """Refuse actions float [M, A] that bins made from other data would turn into other values: a
     gripper's -1 and 1 where these are for 0 and 1, millimeters where they are for meters.
@@ -450,19 +524,25 @@ def refuse_other_values(edges, actions, whose, guessed=False):
         error = np.sqrt(((decoded[:, a] - actions[:, a]) ** 2).mean())
         if error > 0.5 * max(actions[:, a].std(), 0.001 * np.ptp(edges[a]), 1e-9):
             if not guessed or len(values) <= FEW:
-                shown = " becomes ".join(f"{rows[:, a].min():g} to {rows[:, a].max():g}"
-                                         for rows in (actions, decoded))
-                fail(f"{whose}: its bins were made for other values of dimension {a}: {shown}; "
-                     "scale the actions as in pretraining, or pretrain on these")
+                shown = " becomes ".join(
+                    f"{rows[:, a].min():g} to {rows[:, a].max():g}" for rows in (actions, decoded)
+                )
+                fail(
+                    f"{whose}: its bins were made for other values of dimension {a}: {shown}; "
+                    "scale the actions as in pretraining, or pretrain on these"
+                )
+
 
 def soft_widths(edges, soft):
     """The width `soft` for each dimension, 0 where there are so few bins that none is nearly right:
     smoothed, a gripper's two would hardly differ"""
     return [0.0 if len(e) <= FEW + 1 else soft for e in edges] if soft else 0.0
 
+
 def is_value_list(e):
     """Whether a dimension's array lists the values of its bins, not their edges"""
     return len(e) == 1 or e[0] == e[1]
+
 
 def to_bins(actions, edges):
     """float [.., A] -> int64 [.., A]: the bin whose left edge is the last one <= the value; values
@@ -474,21 +554,26 @@ def to_bins(actions, edges):
         columns.append(np.searchsorted(inner, actions[..., a], side="right"))
     return np.stack(columns, -1).astype(np.int64)
 
+
 def from_bins(indices, edges):
     """int [.., A] -> float64 [.., A]: the middle of each bin, or its value; past the last bin
     counts as last"""
     columns = []
     for a, e in enumerate(edges):
-        decoded = e[-max(1, len(e) - 1):] if is_value_list(e) else (e[1:] + e[:-1]) / 2
+        decoded = e[-max(1, len(e) - 1) :] if is_value_list(e) else (e[1:] + e[:-1]) / 2
         columns.append(decoded.take(indices[..., a], mode="clip"))
     return np.stack(columns, -1)
 
+
 # ------------------------------------------------------------------------ words and sequences
 PAD, BOS, EOS = 0, 1, 2
-OFFICIAL_TEMPLATE = ("<s> You are a helpful assistant. USER: What action should the robot take to "
-                     "`{instruction}` ASSISTANT:")
+OFFICIAL_TEMPLATE = (
+    "<s> You are a helpful assistant. USER: What action should the robot take to "
+    "`{instruction}` ASSISTANT:"
+)
 TAGS = {LATENT: ("<delta>", "</delta>"), ACTION: ("<action>", "</action>"), TEXT: ("", "")}
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<vision>", "</vision>", *TAGS[LATENT], *TAGS[ACTION]]
+
 
 def train_tokenizer(texts):
     """A word-level tokenizer over all words of `texts`, lower case; tags are words of their own"""
@@ -499,18 +584,26 @@ def train_tokenizer(texts):
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
+
 def dataset_tokenizer(dataset):
     """DATASET/tokenizer.json where there is one, else words of the dataset's own instructions"""
     if (dataset.path / "tokenizer.json").is_file():
         return read_tokenizer(dataset.path)
-    return train_tokenizer([text for e in dataset.episodes
-                            for text in (e.instruction, *(e.info.get("captions") or ()))])
+    return train_tokenizer(
+        [
+            text
+            for e in dataset.episodes
+            for text in (e.instruction, *(e.info.get("captions") or ()))
+        ]
+    )
+
 
 def read_tokenizer(folder):
     """tokenizer.json of a dataset or of a checkpoint of stage 2 or 3, in the library's format"""
     path = latest(folder) / "tokenizer.json"
     with refuse(f"{path}: no tokenizer", Exception):  # the library raises nothing more precise
         return Tokenizer.from_str(path.read_text(encoding="utf-8"))
+
 
 def opening_tags(tokenizer):
     """Vocabulary -> the token behind which its answers begin; refuses a tokenizer that spells it"""
@@ -519,8 +612,10 @@ def opening_tags(tokenizer):
         fail("--like_tag: the tokenizer has no token for <delta> or <action>")
     return tags
 
+
 class NoKnownWord(ValueError):
     """Text that a tokenizer cannot read"""
+
 
 class Sequences:
     """Instruction + image + answer -> one row of tokens (official layout, docs/formats.md).
@@ -529,23 +624,29 @@ class Sequences:
     (`<delta>`), action bins (`<action>`) or plain text (a caption, no tags).  `length`: cut or pad
     training rows to it (0: pad to the longest); official_cut moves their mask one step too far."""
 
-    def __init__(self, tokenizer, image_tokens, template="{instruction}", length=0,
-                 official_cut=False):
+    def __init__(
+        self, tokenizer, image_tokens, template="{instruction}", length=0, official_cut=False
+    ):
         self.tokenizer, self.image_tokens, self.template = tokenizer, image_tokens, template
         self.length, self.official_cut = length, official_cut
         self.said = set()  # unknown words that have been named
-        self.words = lru_cache(maxsize=65536)(lambda text: tokenizer.encode(
-            text, add_special_tokens=False).ids if text else [])
+        self.words = lru_cache(maxsize=65536)(
+            lambda text: tokenizer.encode(text, add_special_tokens=False).ids if text else []
+        )
         with refuse("--template: expected words around {instruction}", (ValueError, LookupError)):
             template.format(instruction="\0").index("\0")
 
     def prompt(self, instruction, kind):
         """-> (tokens, kinds) up to where the answer begins"""
-        opening = [BOS, *self.words(self.template.format(instruction=instruction)),
-                   *self.words("<vision>")]
+        opening = [
+            BOS,
+            *self.words(self.template.format(instruction=instruction)),
+            *self.words("<vision>"),
+        ]
         closing = [*self.words("</vision>"), *self.words(TAGS[kind][0])]
-        return opening + [0] * self.image_tokens + closing, \
-            [TEXT] * len(opening) + [VISION] * self.image_tokens + [TEXT] * len(closing)
+        return opening + [0] * self.image_tokens + closing, [TEXT] * len(opening) + [
+            VISION
+        ] * self.image_tokens + [TEXT] * len(closing)
 
     def unknown_words(self, text, tags=False):
         """-> the words of a text that the tokenizer reads as <unk>; whether it knows any other.
@@ -593,11 +694,15 @@ class Sequences:
                 cut, first = cut + count, first or e.id
         if lost:
             more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
-            fail(f"--length {self.length}: no room for an answer after the prompt of episodes "
-                 f"{', '.join(map(repr, lost[:3]))}{more} (whole rows take up to {needed} tokens)")
+            fail(
+                f"--length {self.length}: no room for an answer after the prompt of episodes "
+                f"{', '.join(map(repr, lost[:3]))}{more} (whole rows take up to {needed} tokens)"
+            )
         if cut and is_main_process():
-            print(f"--length {self.length} cuts the end of {cut} rows (first: episode {first!r}; "
-                  f"whole rows take up to {needed} tokens)")
+            print(
+                f"--length {self.length} cuts the end of {cut} rows (first: episode {first!r}; "
+                f"whole rows take up to {needed} tokens)"
+            )
 
     def check_words(self, texts, tags=False):
         """Say once which words the tokenizer does not know.  Raises NoKnownWord if it knows none"""
@@ -631,18 +736,23 @@ class Sequences:
             kinds = kinds + [kind] * len(answer) + [TEXT] * (len(closing) + 1)
             mask = [0] * begin + [1] * (len(tokens) - begin)
             if self.official_cut and len(tokens) > self.length + 1:
-                mask[:self.length + 1] = mask[1:self.length + 1] + [0]
+                mask[: self.length + 1] = mask[1 : self.length + 1] + [0]
             # The last token, which no input needs, is padding there.
             built.append(torch.tensor([tokens[:-1] + [BOS], tokens, kinds, mask]))
         length = self.length + 1 if self.length else max(row.shape[1] for row in built)
         full = torch.tensor([BOS, BOS, TEXT, 0])[:, None, None].repeat(1, len(built), length)
         for i, row in enumerate(built):
-            full[:, i, :row.shape[1]] = row[:, :length]
+            full[:, i, : row.shape[1]] = row[:, :length]
         if codes is not None:
             full[:2] = put_codes(full[:2], full[2], codes)
         inputs, targets, kinds, mask = full
-        return {"tokens": inputs[:, :-1], "kinds": kinds[:, :-1], "targets": targets[:, 1:],
-                "target_kinds": kinds[:, 1:], "mask": mask[:, 1:].bool()}
+        return {
+            "tokens": inputs[:, :-1],
+            "kinds": kinds[:, :-1],
+            "targets": targets[:, 1:],
+            "target_kinds": kinds[:, 1:],
+            "mask": mask[:, 1:].bool(),
+        }
 
     def batch(self, episodes, answers, kind, which, device):
         """`rows` of frames which [(episode index, t), ..], with their codes or else their pictures:
@@ -650,8 +760,9 @@ class Sequences:
         chosen = [episodes[e] for e, _ in which]
         stack = lambda field: np.stack([getattr(e, field)[t] for e, (_, t) in zip(chosen, which)])
         codes = None if chosen[0].codes is None else torch.from_numpy(stack("codes").astype(int))
-        batch = self.rows([e.instruction for e in chosen], [answers[e][t] for e, t in which], kind,
-                          codes)
+        batch = self.rows(
+            [e.instruction for e in chosen], [answers[e][t] for e, t in which], kind, codes
+        )
         batch["images"] = to_float(stack("frames"), device) * 2 - 1 if codes is None else None
         return {name: x if x is None else x.to(device) for name, x in batch.items()}
 
@@ -665,6 +776,7 @@ class Sequences:
         valid = torch.tensor([[False] * (length - len(t)) + [True] * len(t) for t, _ in built])
         return tokens if codes is None else put_codes(tokens, kinds, codes), kinds, valid
 
+
 # ------------------------------------------------------------------------ the built-in dataset
 def make_tabletop(options):
     """Write the built-in dataset: whole, or not at all."""
@@ -674,14 +786,18 @@ def make_tabletop(options):
     with refuse(f"{out}"), atomically(out) as draft:
         for name in ("videos", "actions"):
             (draft / name).mkdir(parents=True)
-        rows = list(tabletop.scenes(options, draft, (TAGS[LATENT], TAGS[ACTION]))
-                    if options.scenes else tabletop.record(options, draft))
+        rows = list(
+            tabletop.scenes(options, draft, (TAGS[LATENT], TAGS[ACTION]))
+            if options.scenes
+            else tabletop.record(options, draft)
+        )
         lines = "".join(to_json(row) + "\n" for row in rows)
         (draft / "episodes.jsonl").write_text(lines, encoding="utf-8")
         words = train_tokenizer(tabletop.vocabulary()).to_str()
         (draft / "tokenizer.json").write_text(words, encoding="utf-8")
     videos = {row["video"]: row["frames"] for row in rows}
     print(f"wrote {out}: {len(rows)} episodes, {sum(videos.values())} frames")
+
 
 if __name__ == "__main__":
     command, rest = sys.argv[1:2], sys.argv[2:]
@@ -691,9 +807,11 @@ if __name__ == "__main__":
         print(__doc__.strip())
     elif command == ["check"] and len(rest) == 1:
         found = open_dataset(rest[0], 64)
-        print(f"{rest[0]}: {len(found.episodes)} episodes, "
-              f"{sum(len(e.frames) for e in found.episodes)} frames, "
-              f"{sum(e.actions is not None for e in found.episodes)} with actions, "
-              f"fingerprint {found.fingerprint}: no defects")
+        print(
+            f"{rest[0]}: {len(found.episodes)} episodes, "
+            f"{sum(len(e.frames) for e in found.episodes)} frames, "
+            f"{sum(e.actions is not None for e in found.episodes)} with actions, "
+            f"fingerprint {found.fingerprint}: no defects"
+        )
     else:
         fail("expected: data.py check DATASET, or data.py tabletop OUT [options]")

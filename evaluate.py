@@ -27,6 +27,7 @@ import tabletop
 import video
 from model import ACTION, LATENT, VLA, VLAConfig
 
+
 @dataclass(kw_only=True)
 class EvaluateConfig:
     policies: str  # name=finetune run, comma separated
@@ -40,6 +41,7 @@ class EvaluateConfig:
     film: int = 4  # episodes of each policy in rollouts.gif; 0: no film
     bf16: bool = False  # weights and arithmetic of the policies in bfloat16
     seed: int = 1000  # tables and tasks; the same for every policy
+
 
 # ------------------------------------------------------------------------ policies
 class Policy:
@@ -80,14 +82,17 @@ class Policy:
         pictures, codes = data.to_float(frames, self.device) * 2 - 1, None
         if self.vqgan:
             pictures, codes = None, self.vqgan.encode(pictures).cpu()
-        tokens, kinds, valid = (x.to(self.device) for x in self.sequences.prompts(
-            instructions, self.kind, codes, self.multiple))
+        tokens, kinds, valid = (
+            x.to(self.device)
+            for x in self.sequences.prompts(instructions, self.kind, codes, self.multiple)
+        )
         answer = self.model.generate(tokens, kinds, pictures, valid, self.kind, self.length)
         answer = answer.cpu().numpy()
         return data.from_bins(answer, self.edges) if self.edges else answer
 
+
 def open_policies(text, **how):
-    """"LAPA=runs/a,RANDOM=random" -> {name: Policy, "expert" or "random"}; refuses what has no
+    """ "LAPA=runs/a,RANDOM=random" -> {name: Policy, "expert" or "random"}; refuses what has no
     checkpoint or another action width than the table top's 2"""
     policies = {}
     for part in re.split(r",(?=[^,=]+=)", text):
@@ -96,9 +101,12 @@ def open_policies(text, **how):
             common.fail(f"--policies {part!r}: expected name=finetune run, each name once")
         policies[name] = path if path in ("expert", "random") else Policy(path, **how)
         if isinstance(policies[name], Policy) and len(policies[name].edges) != 2:
-            common.fail(f"--policies {path}: predicts {len(policies[name].edges)} action "
-                        "dimensions, the table top takes 2")
+            common.fail(
+                f"--policies {path}: predicts {len(policies[name].edges)} action "
+                "dimensions, the table top takes 2"
+            )
     return policies
+
 
 # ------------------------------------------------------------------------ rollouts
 def rollout(policy, c, split, first, count):
@@ -106,7 +114,7 @@ def rollout(policy, c, split, first, count):
     and for the first c.film tables the frames and instructions"""
     env = tabletop.TableTop(count, c.embodiment, c.look, split, max_steps=c.max_steps)
     obs, info = env.reset((c.seed, first))
-    rng, film = np.random.default_rng((c.seed, first, 1)), [obs["image"][:c.film]]
+    rng, film = np.random.default_rng((c.seed, first, 1)), [obs["image"][: c.film]]
     while not env.done.all():
         action = np.zeros((count, 2))
         live = np.flatnonzero(~env.done)
@@ -118,13 +126,15 @@ def rollout(policy, c, split, first, count):
             with common.refuse("--policies", (data.NoKnownWord,)):
                 action[live] = policy(obs["image"][live], [obs["instruction"][i] for i in live])
         obs, _, _, _, info = env.step(action)
-        film.append(obs["image"][:c.film])
+        film.append(obs["image"][: c.film])
     return info["success"], info["family"], np.stack(film, 1), obs["instruction"]
+
 
 def share(success):
     """Successes bool [n] -> percentage and its binomial standard error"""
     p, n = float(np.mean(success)), len(success)
     return {"success": round(100 * p, 2), "se": round(100 * (p * (1 - p) / n) ** 0.5, 2), "n": n}
+
 
 def evaluate(c):
     policies = open_policies(c.policies, bf16=c.bf16)
@@ -143,11 +153,17 @@ def evaluate(c):
                 won, families, film, said = rollout(policy, c, split, first, count)
                 success, family = success + list(won), family + families
                 films.setdefault(name, (film, said, won))  # of the first tables
-            row = arms[name][split] = share(success) | {"families": {
-                f: share([s for s, g in zip(success, family) if g == f])
-                for f in tabletop.FAMILIES if f in family}}
-            print(f"{name} {split}: {row['success']:.1f} +- {row['se']:.1f} % of {row['n']}",
-                  flush=True)
+            row = arms[name][split] = share(success) | {
+                "families": {
+                    f: share([s for s, g in zip(success, family) if g == f])
+                    for f in tabletop.FAMILIES
+                    if f in family
+                }
+            }
+            print(
+                f"{name} {split}: {row['success']:.1f} +- {row['se']:.1f} % of {row['n']}",
+                flush=True,
+            )
     results = {"arms": arms, "options": c.__dict__, "seconds": round(time.time() - began, 1)}
     files = [Path(c.out) / name for name in ("results.json", "results.md", "rollouts.gif")]
     common.write_atomically(files[0], common.to_json(results, 1) + "\n")
@@ -158,27 +174,36 @@ def evaluate(c):
         draw_film(films, files[2])
     print("wrote", ", ".join(map(str, files if c.film else files[:2])))
 
+
 def markdown(runs):
     """Results of one or more seeds, [{arm: {split: row}}], as a table: success % and, of one seed,
     its binomial standard error and the families; of several, the standard error of their mean"""
     families = tabletop.FAMILIES if len(runs) == 1 else ()
     first = next(iter(runs[0].values()))
     columns = [(s, f) for s in first for f in (None, *families)]
+
     def cell(arm, split, family):
-        rows = [run[arm][split] if family is None else run[arm][split]["families"].get(family)
-                for run in runs]
+        rows = [
+            run[arm][split] if family is None else run[arm][split]["families"].get(family)
+            for run in runs
+        ]
         if None in rows:
             return "-"
         values = [row["success"] for row in rows]
         error = np.std(values, ddof=1) / len(runs) ** 0.5 if len(runs) > 1 else rows[0]["se"]
         return f"{np.mean(values):.1f} ± {error:.1f}"
+
     what = f"success % of {next(iter(first.values()))['n']}" + (
-        f", mean of {len(runs)} seeds" if len(runs) > 1 else "")
+        f", mean of {len(runs)} seeds" if len(runs) > 1 else ""
+    )
     head = [f"{what} (± standard error)"] + [f or f"**{s}**" for s, f in columns]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    lines += ["| " + " | ".join([name.replace("_", " "), *(cell(name, *c) for c in columns)]) + " |"
-              for name in runs[0]]
+    lines += [
+        "| " + " | ".join([name.replace("_", " "), *(cell(name, *c) for c in columns)]) + " |"
+        for name in runs[0]
+    ]
     return "\n".join(lines) + "\n"
+
 
 def draw_film(films, path, size=150, head=42):
     """films: policy -> frames [n, T, S, S, 3], instructions, successes.  An animated GIF: one row a
@@ -201,6 +226,7 @@ def draw_film(films, path, size=150, head=42):
     with common.refuse(f"{path}: not written"), common.atomically(path) as draft:
         pages[0].save(draft, save_all=True, append_images=pages[1:], duration=200, loop=0)
 
+
 # ------------------------------------------------------------------------ one image, several seeds
 @dataclass(kw_only=True)
 class PredictConfig:
@@ -208,6 +234,7 @@ class PredictConfig:
     image: str  # picture file
     instruction: str  # what the robot is told
     bf16: bool = False  # weights and arithmetic in bfloat16
+
 
 def predict(c):
     """Print the latent action, or the robot's, for one picture and instruction"""
@@ -221,20 +248,27 @@ def predict(c):
     what = "latent action" if policy.kind == LATENT else "action" if policy.edges else "action bins"
     print(f"{what}: {answer.tolist()} ({time.time() - began:.3f} s)")
 
+
 @dataclass(kw_only=True)
 class TableConfig:
     results: str  # results.json files of the seeds, comma separated
     out: str  # Markdown file to write
 
+
 def table(c):
     """Mean success over seeds"""
-    with common.refuse(f"--results {c.results}: not results for the same arms and splits",
-                       (OSError, ValueError, LookupError, TypeError, StopIteration)):
-        runs = [json.loads(Path(path).read_text(encoding="utf-8"))["arms"]
-                for path in c.results.split(",")]
+    with common.refuse(
+        f"--results {c.results}: not results for the same arms and splits",
+        (OSError, ValueError, LookupError, TypeError, StopIteration),
+    ):
+        runs = [
+            json.loads(Path(path).read_text(encoding="utf-8"))["arms"]
+            for path in c.results.split(",")
+        ]
         text = markdown(runs)
     common.write_atomically(c.out, text)
     print(text + f"wrote {c.out}")
+
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["predict"]:

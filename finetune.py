@@ -22,6 +22,7 @@ import common
 import data
 from model import ACTION, LOW_RANK, VLAConfig, build_vla
 
+
 @dataclass(kw_only=True)
 class FinetuneConfig(common.TrainConfig):
     init_from: str  # pretrain run: latent (LAPA), action (ACTIONVLA), idm (VPT), caption (SCRATCH)
@@ -43,18 +44,41 @@ class FinetuneConfig(common.TrainConfig):
     log_every: int = 25  # steps
     save_every: int = 500  # steps between checkpoints; 0: only the last
 
+
 PRESETS = {
-    "tiny": dict(labelled=100, soft_bins=8.0, steps=150, batch=64, lr=4e-4, head_lr=10.0, warmup=10,
-                 final_lr=0.1, shift=0.0625, like_tag=True, freeze_table=True),
-    "base": dict(soft_bins=8.0, lr=1e-4, head_lr=4.0, warmup=50, final_lr=0.1, shift=0.0625,
-                 like_tag=True, freeze_table=True, bf16=True),
+    "tiny": dict(
+        labelled=100,
+        soft_bins=8.0,
+        steps=150,
+        batch=64,
+        lr=4e-4,
+        head_lr=10.0,
+        warmup=10,
+        final_lr=0.1,
+        shift=0.0625,
+        like_tag=True,
+        freeze_table=True,
+    ),
+    "base": dict(
+        soft_bins=8.0,
+        lr=1e-4,
+        head_lr=4.0,
+        warmup=50,
+        final_lr=0.1,
+        shift=0.0625,
+        like_tag=True,
+        freeze_table=True,
+        bf16=True,
+    ),
     "lapa": dict(length=384, bf16=True),
 }
+
 
 def loss_of(model, rows, soft):
     """Stage-3 loss (paper 3.3): cross entropy of the action tokens.  -> loss, accuracy"""
     hidden = model(rows["tokens"], rows["kinds"], rows["images"])
     return model.answer_loss(hidden, rows, ACTION, soft)
+
 
 # ------------------------------------------------------------------------ LoRA
 class LowRank(nn.Module):
@@ -70,11 +94,12 @@ class LowRank(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
-        nn.init.normal_(self.down, std=self.down.shape[1]**-0.5)
+        nn.init.normal_(self.down, std=self.down.shape[1] ** -0.5)
         nn.init.zeros_(self.up)
 
     def forward(self, x):
         return F.linear(x, self.weight) + F.linear(F.linear(x, self.down), self.up)
+
 
 def add_low_rank(model, rank, dtype):
     """Freeze a VLA but for its action table and head; every linear layer of its blocks learns a
@@ -87,6 +112,7 @@ def add_low_rank(model, rank, dtype):
             if isinstance(linear, nn.Linear):
                 setattr(block, name, LowRank(linear, rank, dtype))
 
+
 def merged(model, weights):
     """(name, tensor) of a VLA, low-rank changes added to the `weights` that they began from"""
     state = model.state_dict()
@@ -98,6 +124,7 @@ def merged(model, weights):
         elif not name.endswith(LOW_RANK):
             yield name, common.whole(tensor)
 
+
 # ------------------------------------------------------------------------ training
 def choose_bins(c, meta, actions):
     """-> bin edges, an array a dimension.  A body pretrained on actions (ACTIONVLA, VPT) keeps its
@@ -106,11 +133,15 @@ def choose_bins(c, meta, actions):
         return data.fit_bins(actions, c.bins, c.binary)
     edges, width = [np.array(e) for e in meta["bins"]], actions.shape[1]
     if len(edges) != width:
-        common.fail(f"{c.data}: actions have width {width}, --init_from {c.init_from} was "
-                    f"trained on width {len(edges)}")
-    data.refuse_other_values(edges, actions, f"--init_from {c.init_from}",
-                             guessed=meta["labels"] == "idm")
+        common.fail(
+            f"{c.data}: actions have width {width}, --init_from {c.init_from} was "
+            f"trained on width {len(edges)}"
+        )
+    data.refuse_other_values(
+        edges, actions, f"--init_from {c.init_from}", guessed=meta["labels"] == "idm"
+    )
     return edges
+
 
 def train(c, given):
     processes = common.Processes()
@@ -126,35 +157,56 @@ def train(c, given):
     edges = choose_bins(c, meta, actions)
     torch.manual_seed(c.seed)
     with common.refuse(f"--init_from {c.init_from}"):
-        model = build_vla(VLAConfig(**{**shape, "latent_vocab": 0,
-                                       "action_vocab": shape["action_vocab"] or c.bins}))
+        model = build_vla(
+            VLAConfig(
+                **{**shape, "latent_vocab": 0, "action_vocab": shape["action_vocab"] or c.bins}
+            )
+        )
         if c.lora_rank:
             add_low_rank(model, c.lora_rank, torch.bfloat16 if c.bf16 else torch.float32)
         processes.shard(model, c, model.layers)
         fresh = model.adopt(weights, data.opening_tags(tokenizer) if c.like_tag else None)
     new = [name for name in fresh if not name.endswith(LOW_RANK)]
-    processes.say(f"inherited {c.init_from} (pretrained on {meta['labels']} labels, step "
-                  f"{meta['step']}); fresh: {', '.join(new) or 'nothing'}")
+    processes.say(
+        f"inherited {c.init_from} (pretrained on {meta['labels']} labels, step "
+        f"{meta['step']}); fresh: {', '.join(new) or 'nothing'}"
+    )
     processes.say(data.describe_bins(edges, actions))
     bins = [data.to_bins(e.actions, edges) for e in few]
-    sequences = data.Sequences(tokenizer, model.config.image_tokens, meta["template"], c.length,
-                               c.official_cut)
+    sequences = data.Sequences(
+        tokenizer, model.config.image_tokens, meta["template"], c.length, c.official_cut
+    )
     with common.refuse(c.data):
         sequences.check(few, bins, ACTION)
-    run = common.Run(c, processes, "finetune", model.config,
-                     dataset=dataset.fingerprint, init_from=common.fingerprint(c.init_from),
-                     vqgan=vqgan and vqgan.mark)
+    run = common.Run(
+        c,
+        processes,
+        "finetune",
+        model.config,
+        dataset=dataset.fingerprint,
+        init_from=common.fingerprint(c.init_from),
+        vqgan=vqgan and vqgan.mark,
+    )
     model.action_embed.weight.requires_grad_(not c.freeze_table)
     groups = model.parameter_groups(c.lr, c.head_lr, fresh, c.freeze_vision)
     optimizer = common.make_optimizer(groups, betas=(0.9, 0.95), weight_decay=0.0)
-    meta = {"labels": meta["labels"], "template": meta["template"],
-            "bins": [list(e) for e in edges]}
+    meta = {
+        "labels": meta["labels"],
+        "template": meta["template"],
+        "bins": [list(e) for e in edges],
+    }
     files = {"tokenizer.json": tokenizer.to_str()}
     if vqgan:
         meta["vqgan"], files["vqgan.safetensors"] = vqgan.config.__dict__, vqgan.file
     which = lambda step: data.draw(c.seed, step, c.batch, [len(b) for b in bins])[mine]
-    run.restore(model, optimizer, meta, files, lambda step: [few[e].id for e, _ in which(step)],
-                lambda: merged(model, weights))
+    run.restore(
+        model,
+        optimizer,
+        meta,
+        files,
+        lambda step: [few[e].id for e, _ in which(step)],
+        lambda: merged(model, weights),
+    )
     if vqgan and not c.shift:  # shifted pictures are tokenised as they come, others once
         data.add_codes(dataset, few, vqgan, processes)
     processes.say(len(few), "labelled episodes,", sum(map(len, bins)), "actions,", processes.device)
@@ -164,10 +216,12 @@ def train(c, given):
     for step, batch in run.loop("rows", data.stream(rows, run.start, c.steps)):
         batch = data.augment(batch, c.shift, vqgan, c.batch, mine)
         loss, right = processes.backward(
-            model, c, lambda part: loss_of(model, part, soft), batch, run.culprits)
+            model, c, lambda part: loss_of(model, part, soft), batch, run.culprits
+        )
         norm = common.optimizer_step(optimizer, processes, c, step)
         run.end_step({"loss": loss, "accuracy": right, "grad_norm": norm})
     run.finish()
+
 
 if __name__ == "__main__":
     train(*common.parse_options(FinetuneConfig, sys.argv[1:], PRESETS))

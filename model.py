@@ -20,6 +20,7 @@ from torch import nn
 
 from common import load_strictly, put, whole
 
+
 # ------------------------------------------------------------------------ stage 1: LAQ
 @dataclass
 class LAQConfig:
@@ -47,9 +48,11 @@ class LAQConfig:
     def grid(self):
         return self.image_size // self.patch_size
 
+
 def patchify(frames, p):
     """[.., C, H, W] -> patches of p x p pixels [.., N, C p p]; each runs channel, row, column"""
     return F.pixel_unshuffle(frames, p).flatten(-2).mT.contiguous()
+
 
 class PEG(nn.Module):
     """Position encoding generator: a depth-wise 3x3x3 convolution, causal in time. [B, T, N, D]"""
@@ -67,11 +70,13 @@ class PEG(nn.Module):
             y = frames.reshape(-1, grid, grid, frames.shape[-1]).movedim(-1, 1)  # Bn D h w
             y = F.conv2d(y, self.conv.weight[:, :, t], padding=1, groups=y.shape[1])
             return y.movedim(1, -1).reshape(frames.shape)
+
         # One 2-D convolution for each reach into the past; what would see only padding is left out.
         out = tap(2, x) + self.conv.bias
         for past in range(1, min(3, x.shape[1])):
             out = out + F.pad(tap(2 - past, x[:, :-past]), (0, 0, 0, 0, past, 0))
         return out
+
 
 class Attention(nn.Module):
     """Cosine attention: unit queries and keys, a learned scale a channel, logits times 8."""
@@ -113,10 +118,12 @@ class Attention(nn.Module):
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # B heads N dim_head
         return self.to_out(((q @ k.mT + bias).softmax(-1) @ v).transpose(1, 2).flatten(2))
 
+
 class GEGLU(nn.Module):
     def forward(self, x):
         value, gate = x.chunk(2, dim=-1)
         return value * F.gelu(gate)
+
 
 class Layer(nn.Module):
     """x += PEG(x); x += attention(x); [x += cross(x)]; x += feed-forward(x)"""
@@ -127,8 +134,12 @@ class Layer(nn.Module):
         self.peg = PEG(dim)
         self.attention = Attention(dim, heads, dim_head)
         self.cross = Attention(dim, heads, dim_head, cross=True) if cross else None
-        self.ff = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 2 * inner, bias=False), GEGLU(),
-                                nn.Linear(inner, dim, bias=False))
+        self.ff = nn.Sequential(
+            nn.LayerNorm(dim),
+            nn.Linear(dim, 2 * inner, bias=False),
+            GEGLU(),
+            nn.Linear(inner, dim, bias=False),
+        )
 
     def forward(self, x, grid, over_time=False, misread=False, bias=0, context=None):
         B, T, N, D = x.shape
@@ -144,6 +155,7 @@ class Layer(nn.Module):
         rows = rows + self.ff(rows)
         return rows.unflatten(0, (B, N)).transpose(1, 2) if over_time else rows.unflatten(0, (B, T))
 
+
 class Transformer(nn.Module):
     """`depth` layers and a closing norm, attending over space or over time. [B, T, N, D]"""
 
@@ -158,13 +170,19 @@ class Transformer(nn.Module):
             x = layer(x, self.grid, self.over_time, self.misread, bias, context)
         return self.norm_out(x)
 
+
 class PositionBias(nn.Module):
     """Continuous position bias (Swin V2): an MLP over signed log distances. -> [1, heads, N, N]"""
 
     def __init__(self, dim, heads, grid):
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(2, dim), nn.LeakyReLU(0.1), nn.Linear(dim, dim),
-                                 nn.LeakyReLU(0.1), nn.Linear(dim, heads))
+        self.net = nn.Sequential(
+            nn.Linear(2, dim),
+            nn.LeakyReLU(0.1),
+            nn.Linear(dim, dim),
+            nn.LeakyReLU(0.1),
+            nn.Linear(dim, heads),
+        )
         self.grid = grid
 
     def forward(self):
@@ -176,6 +194,7 @@ class PositionBias(nn.Module):
         at = torch.cartesian_prod(*[torch.arange(g, device=device)] * 2)
         dy, dx = (at[:, None] - at[None] + g - 1).unbind(-1)  # N N
         return table[:, dy * (2 * g - 1) + dx][None]
+
 
 def code_cnn(grid, code_len, q, relu=False):
     """The CNN that turns a grid of patches into `code_len` vectors (paper silent; code).
@@ -191,8 +210,11 @@ def code_cnn(grid, code_len, q, relu=False):
         return nn.Sequential(down(), nn.ReLU(), nn.Conv2d(q, q, valid[code_len]))
     if math.ceil(grid / 4) ** 2 == code_len:  # official at 16 codes
         return nn.Sequential(down(), nn.ReLU(), down())
-    raise ValueError(f"code_len {code_len} cannot be made of {grid}x{grid} patches: use 1, 2 or 4 "
-                     "with 7 or 8 patches a side, or code_len = (patches a side / 2)^2 or / 4")
+    raise ValueError(
+        f"code_len {code_len} cannot be made of {grid}x{grid} patches: use 1, 2 or 4 "
+        "with 7 or 8 patches a side, or code_len = (patches a side / 2)^2 or / 4"
+    )
+
 
 def nearest(d, codebook):
     """d [.., Q], codebook [V, Q] -> indices of the nearest entries by squared Euclidean distance"""
@@ -200,6 +222,7 @@ def nearest(d, codebook):
         d, codebook = d.float(), codebook.float()
         distance = (d**2).sum(-1, keepdim=True) - 2 * d @ codebook.T + (codebook**2).sum(-1)
     return distance.argmin(-1)
+
 
 class Quantizer(nn.Module):
     """NSVQ (Vali and Backstrom 2022) with a codebook that cannot stay dead.
@@ -217,9 +240,11 @@ class Quantizer(nn.Module):
 
     def difference(self, first, last):
         """Patch tokens of both frames [B, N, D] -> d = cnn(last) - cnn(first), [B, K, Q]"""
+
         def summary(x):
             x = self.project_in(x).transpose(1, 2)  # B Q N
             return self.cnn(x.unflatten(2, (self.c.grid, self.c.grid))).flatten(2).transpose(1, 2)
+
         return summary(last) - summary(first)
 
     def substitute(self, d, indices, noise=None):
@@ -268,13 +293,17 @@ class Quantizer(nn.Module):
             points = d.flatten(0, 1).float()
             taken = self.codebook[~dead].float()
             for i in dead.nonzero().flatten().tolist():
-                gap = torch.cdist(points, taken).min(dim=1).values ** 2 if len(taken) \
+                gap = (
+                    torch.cdist(points, taken).min(dim=1).values ** 2
+                    if len(taken)
                     else torch.ones(len(points), device=d.device)
+                )
                 far = points[torch.multinomial(gap + 1e-12, 1)]
                 self.codebook[i] = far[0].to(self.codebook.dtype)
                 taken = torch.cat((taken, far))
         self.uses.zero_()
         return int(dead.sum())
+
 
 class LAQ(nn.Module):
     """Latent action quantizer.  Frames are float [.., 3, H, W] in [0, 1]."""
@@ -285,8 +314,9 @@ class LAQ(nn.Module):
         if c.image_size % c.patch_size:
             raise ValueError(f"image_size {c.image_size}: no multiple of patch_size {c.patch_size}")
         pixels = 3 * c.patch_size**2
-        self.patch_embed = nn.Sequential(nn.LayerNorm(pixels), nn.Linear(pixels, c.dim),
-                                         nn.LayerNorm(c.dim))
+        self.patch_embed = nn.Sequential(
+            nn.LayerNorm(pixels), nn.Linear(pixels, c.dim), nn.LayerNorm(c.dim)
+        )
         self.position_bias = PositionBias(c.dim, c.heads, c.grid)
         self.spatial_encoder = Transformer(c, c.spatial_depth)
         self.temporal_encoder = Transformer(c, c.temporal_depth, over_time=True)
@@ -345,11 +375,13 @@ class LAQ(nn.Module):
         first = self.patches(frame[:, None])
         return self.decode(frame, first, self.quantizer.codebook[codes], self.position_bias())
 
+
 # ------------------------------------------------------------------------ stages 2 and 3: VLA
 VOCABULARIES = "text", "vision", "latent", "action"
 TEXT, VISION, LATENT, ACTION = range(4)  # the vocabulary a position belongs to
 END_OF_IMAGE = 8193  # in the vision vocabulary, behind an image's codes
 LOW_RANK = ".down", ".up"  # how the names of what LoRA adds end (see finetune.py)
+
 
 @dataclass
 class VLAConfig:
@@ -375,6 +407,7 @@ class VLAConfig:
         patches = (self.image_size // self.patch_size) ** 2 if self.patch_size else 0
         return patches + bool(self.vision_vocab)
 
+
 def rotate(x, cos, sin):
     """Interleaved rotary embedding: channel pairs (2i, 2i+1). x [B, heads, L, dim_head]; cos and
     sin [.., dim_head] hold each angle twice, sin first with a minus"""
@@ -382,10 +415,12 @@ def rotate(x, cos, sin):
     swapped = y.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     return (y * cos + swapped * sin).to(x.dtype)
 
+
 def rope_table(angle, rounded):
     """Cosine and sine of angles; rounded: as official bf16 code makes them (docs/formats.md)"""
     stored = lambda x: x.bfloat16().float() if rounded else x
     return stored(stored(angle).cos()), stored(stored(angle).sin())
+
 
 class Block(nn.Module):
     """One LLaMA layer: x += attention(norm(x)); x += w2(silu(w1 norm(x)) * w3 norm(x))"""
@@ -412,6 +447,7 @@ class Block(nn.Module):
         y = self.ffn_norm(x)
         return x + self.w2(F.silu(self.w1(y)) * self.w3(y))
 
+
 def smooth_positions(grid, dim):
     """Sines and cosines of a patch's place, so slow that neighbours look alike. [grid^2, dim]"""
     period = 2 * math.pi * 10 ** (-torch.arange(dim // 4) / (dim // 4))
@@ -420,6 +456,7 @@ def smooth_positions(grid, dim):
     both = torch.cat((waves.repeat(grid, 1), waves.repeat_interleave(grid, 0)), dim=1)  # of x, of y
     return (both - both.mean(0)) / both.std()
 
+
 class VLA(nn.Module):
     """LLaMA over four vocabularies.  Each position is embedded and scored by its own one."""
 
@@ -427,8 +464,10 @@ class VLA(nn.Module):
         super().__init__()
         c = self.config = config
         if c.dim % (2 * c.heads) or c.dim % 4 or c.image_size % max(1, c.patch_size):
-            raise ValueError(f"dim {c.dim} has to divide by 4 and by 2 x heads ({c.heads}), "
-                             f"image_size {c.image_size} by patch_size ({c.patch_size})")
+            raise ValueError(
+                f"dim {c.dim} has to divide by 4 and by 2 x heads ({c.heads}), "
+                f"image_size {c.image_size} by patch_size ({c.patch_size})"
+            )
         self.text_embed = nn.Embedding(c.text_vocab, c.dim)
         self.patches = c.patch_size > 0 and not c.vision_vocab
         if self.patches:
@@ -467,14 +506,18 @@ class VLA(nn.Module):
 
     def heads(self):
         """Vocabulary -> (embedding, head) for those this model has"""
-        both = {kind: (getattr(self, f"{name}_embed"), getattr(self, f"{name}_head"))
-                for kind, name in enumerate(VOCABULARIES)}
+        both = {
+            kind: (getattr(self, f"{name}_embed"), getattr(self, f"{name}_head"))
+            for kind, name in enumerate(VOCABULARIES)
+        }
         return {kind: pair for kind, pair in both.items() if pair[0] is not None}
 
     def embed(self, tokens, kinds, images):
         """tokens, kinds int64 [B, L]; images float [B, 3, H, W] or None -> [B, L, D]"""
-        x = sum(table(torch.where(kinds == kind, tokens, 0)) * (kinds == kind)[..., None]
-                for kind, (table, _) in self.heads().items())
+        x = sum(
+            table(torch.where(kinds == kind, tokens, 0)) * (kinds == kind)[..., None]
+            for kind, (table, _) in self.heads().items()
+        )
         if images is not None:
             patches = patchify(images, self.config.patch_size).to(self.patch_position.dtype)
             patches = (self.patch_embed(patches) + self.patch_position).to(x.dtype)
@@ -550,8 +593,11 @@ class VLA(nn.Module):
         tags: vocabulary -> its opening tag's token.  When given, fresh input tables begin where the
         body can already read: as their tag, or actions as latent actions, tag and all."""
         own = ("vision_", "latent_", "action_")
-        fresh = [n for n in self.state_dict() if n not in weights
-                 and (n.startswith(own) or n.endswith(LOW_RANK))]
+        fresh = [
+            n
+            for n in self.state_dict()
+            if n not in weights and (n.startswith(own) or n.endswith(LOW_RANK))
+        ]
         shed = [n for n in weights if n.startswith(own) and n not in self.state_dict()]
         load_strictly(self, {n: w for n, w in weights.items() if n not in shed}, fresh)
         for kind, name in ((LATENT, "latent_embed.weight"), (ACTION, "action_embed.weight")):
@@ -597,11 +643,13 @@ class VLA(nn.Module):
             answer = answer * ((answer == 2).cumsum(1) - (answer == 2).long() == 0)
         return answer
 
+
 def build_vla(config):
     """A VLA; from some 1e9 parameters on without memory, which Processes.shard then gives it"""
     large = 12 * config.layers * config.dim**2 > 1e9
     with torch.device("meta" if large else "cpu"):
         return VLA(config)
+
 
 # ------------------------------------------------------------------------ the VLA's images: VQGAN
 @dataclass
@@ -616,8 +664,10 @@ class VQGANConfig:
     quant_dim: int = 64
     codebook_size: int = 8192
 
+
 conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1)
 norm = partial(nn.GroupNorm, 32, eps=1e-6)
+
 
 class Residual(nn.Module):
     """[B, C, H, W] -> [B, out, H, W]"""
@@ -632,22 +682,38 @@ class Residual(nn.Module):
         y = self.conv0(F.silu(self.norm0(x)))
         return self.conv2(x) + self.conv1(F.silu(self.norm1(y)))
 
+
 def coder(channels, first, widths, blocks, out, up):
     """Encoder or decoder (`up`): a convolution to `first`, for each of `widths` a level of residual
     blocks, half or twice the resolution in between, two blocks where it is lowest, a convolution"""
+
     def level(i):
         w = widths[i]
-        resample = [nn.Upsample(scale_factor=2), conv3x3(w, w)] if up else \
-            [nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(w, w, 3, stride=2)]  # below and right (code)
+        resample = (
+            [nn.Upsample(scale_factor=2), conv3x3(w, w)]
+            if up
+            else [nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(w, w, 3, stride=2)]
+        )  # below and right (code)
         return nn.Sequential(
             *(Residual(w if b else widths[i - 1] if i else first, w) for b in range(blocks)),
-            *resample * (i + 1 < len(widths)))
+            *resample * (i + 1 < len(widths)),
+        )
+
     low = widths[0 if up else -1]
     levels = "levels", nn.Sequential(*map(level, range(len(widths))))
     middle = "middle", nn.Sequential(Residual(low, low), Residual(low, low))
-    return nn.Sequential(OrderedDict([
-        ("conv0", conv3x3(channels, first)), *((middle, levels) if up else (levels, middle)),
-        ("norm0", norm(widths[-1])), ("silu", nn.SiLU()), ("conv1", conv3x3(widths[-1], out))]))
+    return nn.Sequential(
+        OrderedDict(
+            [
+                ("conv0", conv3x3(channels, first)),
+                *((middle, levels) if up else (levels, middle)),
+                ("norm0", norm(widths[-1])),
+                ("silu", nn.SiLU()),
+                ("conv1", conv3x3(widths[-1], out)),
+            ]
+        )
+    )
+
 
 class VQGAN(nn.Module):
     """images float [B, 3, H, W] in [-1, 1] <-> codes int64 [B, N], row by row"""

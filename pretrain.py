@@ -32,6 +32,7 @@ from model import ACTION, LAQ, LATENT, TEXT, VLAConfig, build_vla
 KINDS = {"latent": LATENT, "action": ACTION, "idm": ACTION, "caption": TEXT}
 NEXT = 0.0  # a window of 0 s reaches to the next frame
 
+
 @dataclass(kw_only=True)
 class PretrainConfig(VLAConfig, common.TrainConfig):
     """The options of this stage, on top of the network's shape (which --init_from settles)."""
@@ -60,15 +61,48 @@ class PretrainConfig(VLAConfig, common.TrainConfig):
     labelled_where: str = ""  # idm: and which, e.g. combination=seen
     idm_steps: int = 400  # idm: steps of 64 pairs
 
+
 PRESETS = {
-    "tiny": dict(dim=128, layers=4, heads=4, mlp=344, rope_theta=1e4, vision_vocab=0,
-                 image_size=64, steps=1000, batch=64, lr=8e-4, head_lr=2.0, warmup=30,
-                 final_lr=0.1, soft_bins=8.0, shift=0.0625, like_tag=True, save_every=250),
-    "base": dict(dim=768, layers=12, heads=12, mlp=2048, rope_theta=1e4, vision_vocab=0,
-                 image_size=128, steps=20_000, lr=3e-4, head_lr=2.0, warmup=300, final_lr=0.1,
-                 soft_bins=8.0, shift=0.0625, like_tag=True, bf16=True),
+    "tiny": dict(
+        dim=128,
+        layers=4,
+        heads=4,
+        mlp=344,
+        rope_theta=1e4,
+        vision_vocab=0,
+        image_size=64,
+        steps=1000,
+        batch=64,
+        lr=8e-4,
+        head_lr=2.0,
+        warmup=30,
+        final_lr=0.1,
+        soft_bins=8.0,
+        shift=0.0625,
+        like_tag=True,
+        save_every=250,
+    ),
+    "base": dict(
+        dim=768,
+        layers=12,
+        heads=12,
+        mlp=2048,
+        rope_theta=1e4,
+        vision_vocab=0,
+        image_size=128,
+        steps=20_000,
+        lr=3e-4,
+        head_lr=2.0,
+        warmup=300,
+        final_lr=0.1,
+        soft_bins=8.0,
+        shift=0.0625,
+        like_tag=True,
+        bf16=True,
+    ),
     "lapa": dict(template=data.OFFICIAL_TEMPLATE, length=384, bf16=True),
 }
+
 
 def loss_of(model, rows, kind, soft=0.0, official_text_mask=False):
     """Stage-2 loss (paper 3.2, code): 0.99 x cross entropy of the labels + 0.01 x that of the
@@ -81,12 +115,15 @@ def loss_of(model, rows, kind, soft=0.0, official_text_mask=False):
         return text, text_right
     if official_text_mask:  # L * (1 - V * (1 - D)) by a misplaced parenthesis
         latent = rows["target_kinds"] == LATENT
-        changed = {"targets": rows["targets"].where(~latent, 0),
-                   "target_kinds": rows["target_kinds"].where(~latent, TEXT)}
+        changed = {
+            "targets": rows["targets"].where(~latent, 0),
+            "target_kinds": rows["target_kinds"].where(~latent, TEXT),
+        }
         text, _ = model.answer_loss(hidden, rows | changed, TEXT)
     # Neighbouring bins are alike; neighbouring codes are not.
     loss, right = model.answer_loss(hidden, rows, kind, soft if kind == ACTION else 0.0)
     return 0.99 * loss + 0.01 * text, right
+
 
 # ------------------------------------------------------------------------ labels
 @torch.no_grad()
@@ -100,6 +137,7 @@ def invert(idm, scale, episodes):
         guess[-1] = guess[-2]  # nothing follows the last frame
         guessed.append(guess.cpu().numpy())
     return guessed
+
 
 def train_inverse_dynamics(c, processes, few):
     """VPT's inverse dynamics model: a fresh stage-1 encoder and a linear head, regressing a_t from
@@ -116,8 +154,13 @@ def train_inverse_dynamics(c, processes, few):
     optimizer = common.make_optimizer([{"params": idm.parameters(), "lr": 1e-3}])
     lengths = [min(len(e.actions), len(e.frames) - 1) for e in few]
     recipe = replace(c, steps=c.idm_steps, warmup=20, final_lr=0.05, clip=1.0)
-    for step in tqdm(range(c.idm_steps), desc="inverse dynamics", mininterval=1.0, leave=False,
-                     disable=not processes.main):
+    for step in tqdm(
+        range(c.idm_steps),
+        desc="inverse dynamics",
+        mininterval=1.0,
+        leave=False,
+        disable=not processes.main,
+    ):
         common.seed_step(c.seed, step)
         which = data.draw(c.seed, step, 64, lengths)
         pair = data.to_float(data.frame_pairs(few, which, NEXT), processes.device)
@@ -129,6 +172,7 @@ def train_inverse_dynamics(c, processes, few):
         common.optimizer_step(optimizer, processes, recipe, step)
     return idm.eval(), scale
 
+
 def answers_for(c, processes, dataset, train_set, held_out):
     """What the model shall say at every frame -> answers of the training and of the held-out
     episodes (lists of [T, n] codes or bins, or of T captions), what the checkpoint keeps, and marks
@@ -137,8 +181,10 @@ def answers_for(c, processes, dataset, train_set, held_out):
     if c.labels == "caption":
         missing = [e.id for e in both if not e.info.get("captions")]
         if missing:
-            common.fail(f"{c.data}/episodes.jsonl: episode {missing[0]!r}: field captions: "
-                        "missing, and --labels caption needs it")
+            common.fail(
+                f"{c.data}/episodes.jsonl: episode {missing[0]!r}: field captions: "
+                "missing, and --labels caption needs it"
+            )
         answers, kept = [e.info["captions"] for e in both], {}
     elif c.labels == "latent":
         run = Path(c.laq)  # or a checkpoint in it
@@ -149,34 +195,48 @@ def answers_for(c, processes, dataset, train_set, held_out):
         answers, kept = data.load_labels(path, dataset, both)
         marks["latents"] = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
         if kept["laq"] != mark:
-            common.fail(f"{path}: made by LAQ {kept['laq']}, --laq {c.laq} is {mark}: label again "
-                        "with quantize.py label")
+            common.fail(
+                f"{path}: made by LAQ {kept['laq']}, --laq {c.laq} is {mark}: label again "
+                "with quantize.py label"
+            )
     else:
         if c.labels == "action":
             actions = [e.actions for e in both]
         else:
-            few_data = data.open_dataset(c.labelled_data or c.data, c.image_size, c.labelled_where,
-                                         official=c.vision_vocab > 0)
+            few_data = data.open_dataset(
+                c.labelled_data or c.data,
+                c.image_size,
+                c.labelled_where,
+                official=c.vision_vocab > 0,
+            )
             marks["labelled_data"] = few_data.fingerprint
             few = data.labelled_few(few_data.split(c.held_out)[0], c.labelled, c.seed)
             actions = invert(*train_inverse_dynamics(c, processes, few), both)
-            known = [(g[:len(e.actions)], e.actions)
-                     for g, e in zip(actions[len(train_set):], held_out) if e.actions is not None]
+            known = [
+                (g[: len(e.actions)], e.actions)
+                for g, e in zip(actions[len(train_set) :], held_out)
+                if e.actions is not None
+            ]
             if known:
                 r2 = quantize.r2(*(np.concatenate(rows) for rows in zip(*known)))
-                processes.say("inverse dynamics R2 on held-out episodes:",
-                              [r if r is None else round(r, 3) for r in r2])
-        targets = np.concatenate(actions[:len(train_set)])
+                processes.say(
+                    "inverse dynamics R2 on held-out episodes:",
+                    [r if r is None else round(r, 3) for r in r2],
+                )
+        targets = np.concatenate(actions[: len(train_set)])
         edges = data.fit_bins(targets, c.bins, c.binary if c.labels == "action" else "")
         if c.labels == "idm":  # guesses of a gripper scatter around its values: take the true ones
             few_actions = np.concatenate([e.actions for e in few])
             true_edges = data.fit_bins(few_actions, c.bins, c.binary)
-            edges = [true if len(true) <= data.FEW + 1 else guessed
-                     for guessed, true in zip(edges, true_edges)]
+            edges = [
+                true if len(true) <= data.FEW + 1 else guessed
+                for guessed, true in zip(edges, true_edges)
+            ]
         processes.say(data.describe_bins(edges, targets))
         answers = [data.to_bins(a, edges) for a in actions]
         kept = {"bins": [list(e) for e in edges]}
-    return answers[:len(train_set)], answers[len(train_set):], kept, marks
+    return answers[: len(train_set)], answers[len(train_set) :], kept, marks
+
 
 # ------------------------------------------------------------------------ training
 def build_model(c, kind, dataset, processes):
@@ -196,19 +256,24 @@ def build_model(c, kind, dataset, processes):
         if not c.init_from:
             return model, tokenizer, []
         fresh = model.adopt(weights, data.opening_tags(tokenizer) if c.like_tag else None)
-    processes.say(f"inherited {c.init_from} (step {meta['step']}); fresh: "
-                  f"{', '.join(fresh) or 'nothing'}")
+    processes.say(
+        f"inherited {c.init_from} (step {meta['step']}); fresh: {', '.join(fresh) or 'nothing'}"
+    )
     return model, tokenizer, fresh
+
 
 @torch.no_grad()
 def validate(model, c, kind, rows, lengths, processes, soft):
     """Loss and accuracy on 256 frames of the held-out episodes, the same ones every time"""
     which = data.draw(0, 0, 256, lengths)
     with processes.autocast(c):
-        results = [loss_of(model, rows(which[at:at + c.batch]), kind, soft)
-                   for at in range(0, len(which), c.batch)]
+        results = [
+            loss_of(model, rows(which[at : at + c.batch]), kind, soft)
+            for at in range(0, len(which), c.batch)
+        ]
     loss, right = (float(sum(values) / len(values)) for values in zip(*results))
     return {"val_loss": loss, "val_accuracy": right}
+
 
 def settle_options(c, given):
     """Refuse options that do not fit together; take the network's shape from --init_from"""
@@ -222,10 +287,13 @@ def settle_options(c, given):
         shape = common.open_checkpoint(c.init_from, "init_from", ("pretrain",))[1]["model"]
         for name in sorted(given & shape.keys()):
             if getattr(c, name) != shape[name]:
-                common.fail(f"--{name} {getattr(c, name)}: --init_from {c.init_from} has "
-                            f"{shape[name]}")
-        c.__dict__.update({name: shape[name] for name in
-                           ("image_size", "patch_size", "vision_vocab")})
+                common.fail(
+                    f"--{name} {getattr(c, name)}: --init_from {c.init_from} has {shape[name]}"
+                )
+        c.__dict__.update(
+            {name: shape[name] for name in ("image_size", "patch_size", "vision_vocab")}
+        )
+
 
 def train(c, given):
     settle_options(c, given)
@@ -233,22 +301,32 @@ def train(c, given):
     common.refuse_busy(c.out)
     mine = processes.share(c)
     vqgan = data.load_vqgan(c.vqgan or c.init_from, "vqgan", processes.device, c.__dict__)
-    dataset = data.open_dataset(c.data, c.image_size, c.where, c.labels == "action",
-                                official=vqgan is not None)
+    dataset = data.open_dataset(
+        c.data, c.image_size, c.where, c.labels == "action", official=vqgan is not None
+    )
     train_set, held_out = dataset.split(c.held_out)
     if vqgan:  # augmented pictures are tokenised as they come, others once
         data.add_codes(dataset, held_out if c.shift else train_set + held_out, vqgan, processes)
     answers, held_answers, kept, marks = answers_for(c, processes, dataset, train_set, held_out)
     c.latent_vocab = kept.get("codebook_size", 0)
     model, tokenizer, fresh = build_model(c, kind, dataset, processes)
-    sequences = data.Sequences(tokenizer, model.config.image_tokens, c.template, c.length,
-                               c.official_cut)
+    sequences = data.Sequences(
+        tokenizer, model.config.image_tokens, c.template, c.length, c.official_cut
+    )
     with common.refuse(c.data):
         sequences.check(train_set + held_out, answers + held_answers, kind)
-    run = common.Run(c, processes, "pretrain", model.config,
-                     dataset=dataset.fingerprint, laq=kept.get("laq"), window=kept.get("window"),
-                     **marks, vqgan=vqgan and vqgan.mark,
-                     init_from=common.fingerprint(c.init_from) if c.init_from else None)
+    run = common.Run(
+        c,
+        processes,
+        "pretrain",
+        model.config,
+        dataset=dataset.fingerprint,
+        laq=kept.get("laq"),
+        window=kept.get("window"),
+        **marks,
+        vqgan=vqgan and vqgan.mark,
+        init_from=common.fingerprint(c.init_from) if c.init_from else None,
+    )
     groups = model.parameter_groups(c.lr, c.head_lr, fresh, c.freeze_vision and c.init_from)
     optimizer = common.make_optimizer(groups, betas=(0.9, 0.95), weight_decay=0.0)
     meta = {"labels": c.labels, "template": c.template, **kept}
@@ -257,11 +335,14 @@ def train(c, given):
         meta["vqgan"], files["vqgan.safetensors"] = vqgan.config.__dict__, vqgan.file
     lengths, held_lengths = [len(a) for a in answers], [len(a) for a in held_answers]
     which = lambda step: data.draw(c.seed, step, c.batch, lengths)[mine]
-    run.restore(model, optimizer, meta, files,
-                lambda step: [train_set[e].id for e, _ in which(step)])
+    run.restore(
+        model, optimizer, meta, files, lambda step: [train_set[e].id for e, _ in which(step)]
+    )
     size = sum(p.numel() for p in model.parameters())
-    processes.say(f"VLA of {size:,} parameters predicts {c.labels} on "
-                  f"{sum(lengths)} frames of {len(train_set)} episodes, {processes.device}")
+    processes.say(
+        f"VLA of {size:,} parameters predicts {c.labels} on "
+        f"{sum(lengths)} frames of {len(train_set)} episodes, {processes.device}"
+    )
 
     soft = data.soft_widths(kept.get("bins", []), c.soft_bins)
     rows = lambda step: sequences.batch(train_set, answers, kind, which(step), processes.device)
@@ -269,13 +350,23 @@ def train(c, given):
     for step, batch in run.loop("rows", data.stream(rows, run.start, c.steps)):
         batch = data.augment(batch, c.shift * (kind != TEXT), vqgan, c.batch, mine)
         loss, right = processes.backward(
-            model, c, lambda part: loss_of(model, part, kind, soft, c.official_text_mask),
-            batch, run.culprits)
+            model,
+            c,
+            lambda part: loss_of(model, part, kind, soft, c.official_text_mask),
+            batch,
+            run.culprits,
+        )
         norm = common.optimizer_step(optimizer, processes, c, step)
-        run.end_step({"loss": loss, "accuracy": right, "grad_norm": norm},
-                     lambda: validate(model, c, kind, held_rows, held_lengths, processes, soft)
-                     if held_out else {})
+        run.end_step(
+            {"loss": loss, "accuracy": right, "grad_norm": norm},
+            lambda: (
+                validate(model, c, kind, held_rows, held_lengths, processes, soft)
+                if held_out
+                else {}
+            ),
+        )
     run.finish()
+
 
 if __name__ == "__main__":
     train(*common.parse_options(PretrainConfig, sys.argv[1:], PRESETS))

@@ -24,6 +24,7 @@ import common
 import data
 from model import LAQ, LAQConfig
 
+
 @dataclass(kw_only=True)
 class QuantizeConfig(LAQConfig, common.TrainConfig):
     """The options of this stage, on top of the network's shape."""
@@ -40,17 +41,56 @@ class QuantizeConfig(LAQConfig, common.TrainConfig):
     clip: float = 0.5  # gradient norm
     replace_below: float = 0.1  # an entry used less than this share of a fair share is dead
 
+
 PRESETS = {
-    "tiny": dict(image_size=32, patch_size=4, dim=96, spatial_depth=1, temporal_depth=1,
-                 decoder_depth=1, heads=4, dim_head=24, quant_dim=8, codebook_init=0.1,
-                 residual=True, shift=0.25, shift_from=100, shift_until=300, steps=450, lr=2e-3,
-                 codebook_lr=0.1, codebook_pull=0.5, warmup=50, final_lr=0.1, save_every=150),
-    "base": dict(image_size=128, patch_size=16, dim=384, spatial_depth=4, temporal_depth=4,
-                 decoder_depth=4, heads=6, quant_dim=16, codebook_init=0.1, residual=True,
-                 shift=0.25, shift_from=500, shift_until=2000, steps=30_000, lr=5e-4,
-                 codebook_lr=0.1, codebook_pull=0.5, warmup=500, final_lr=0.1, bf16=True),
+    "tiny": dict(
+        image_size=32,
+        patch_size=4,
+        dim=96,
+        spatial_depth=1,
+        temporal_depth=1,
+        decoder_depth=1,
+        heads=4,
+        dim_head=24,
+        quant_dim=8,
+        codebook_init=0.1,
+        residual=True,
+        shift=0.25,
+        shift_from=100,
+        shift_until=300,
+        steps=450,
+        lr=2e-3,
+        codebook_lr=0.1,
+        codebook_pull=0.5,
+        warmup=50,
+        final_lr=0.1,
+        save_every=150,
+    ),
+    "base": dict(
+        image_size=128,
+        patch_size=16,
+        dim=384,
+        spatial_depth=4,
+        temporal_depth=4,
+        decoder_depth=4,
+        heads=6,
+        quant_dim=16,
+        codebook_init=0.1,
+        residual=True,
+        shift=0.25,
+        shift_from=500,
+        shift_until=2000,
+        steps=30_000,
+        lr=5e-4,
+        codebook_lr=0.1,
+        codebook_pull=0.5,
+        warmup=500,
+        final_lr=0.1,
+        bf16=True,
+    ),
     "lapa": dict(bf16=True),
 }
+
 
 # ------------------------------------------------------------------------ training
 def replacement_due(step, official=False):
@@ -58,6 +98,7 @@ def replacement_due(step, official=False):
     if official:
         return 0 < step < 5000 and step % (10 if step < 100 else 100 if step < 1000 else 500) == 0
     return step > 0 and step % (10 if step < 100 else 50) == 0
+
 
 def train_step(model, optimizer, processes, c, step, pair, who=str):
     """One optimization step on this process's pairs [B, 2, 3, H, W] in [0, 1] -> numbers to log"""
@@ -67,8 +108,9 @@ def train_step(model, optimizer, processes, c, step, pair, who=str):
     share = c.shift * min(1.0, max(0.0, grown))
     seen = data.random_shift(pair, share, c.batch, mine) if share else None
     noise = torch.randn(c.batch, c.code_len, c.quant_dim)[mine].to(pair.device)
-    loss, d, indices = processes.backward(model, c, lambda part: model(**part),
-                                          {"pair": pair, "seen": seen, "noise": noise}, who)
+    loss, d, indices = processes.backward(
+        model, c, lambda part: model(**part), {"pair": pair, "seen": seen, "noise": noise}, who
+    )
     norm = common.optimizer_step(optimizer, processes, c, step)
     d, indices = processes.gather(d.detach()), processes.gather(indices)
     model.quantizer.count(d, indices, c.codebook_pull)
@@ -76,11 +118,13 @@ def train_step(model, optimizer, processes, c, step, pair, who=str):
         model.quantizer.replace_dead(d, c.replace_below)
     return {"loss": loss, "codes": len(indices.unique()), "grad_norm": norm}
 
+
 def make_optimizer(model, c):
     codebook = model.quantizer.codebook
     rest = [p for p in model.parameters() if p is not codebook]
     groups = [{"params": rest, "lr": c.lr}, {"params": [codebook], "lr": c.lr * c.codebook_lr}]
     return common.make_optimizer(groups, torch.optim.Adam, betas=(0.9, 0.99))
+
 
 def train(c):
     processes = common.Processes()
@@ -100,26 +144,36 @@ def train(c):
     optimizer = make_optimizer(model, c)
     lengths = [len(e.frames) for e in train_set]
     which = lambda step: data.draw(c.seed, step, c.batch, lengths)[mine]
-    run.restore(model, optimizer, {"window": c.window}, {},
-                lambda step: [train_set[e].id for e, _ in which(step)])
+    run.restore(
+        model,
+        optimizer,
+        {"window": c.window},
+        {},
+        lambda step: [train_set[e].id for e, _ in which(step)],
+    )
     size = sum(p.numel() for p in model.parameters())
-    processes.say(f"LAQ of {size:,} parameters, {len(train_set)} episodes to learn from, "
-                  f"{len(held_out)} held out, {processes.device}")
+    processes.say(
+        f"LAQ of {size:,} parameters, {len(train_set)} episodes to learn from, "
+        f"{len(held_out)} held out, {processes.device}"
+    )
 
-    batch = lambda step: data.to_float(data.frame_pairs(train_set, which(step), c.window),
-                                       processes.device)
+    batch = lambda step: data.to_float(
+        data.frame_pairs(train_set, which(step), c.window), processes.device
+    )
     for step, pair in run.loop("pairs", data.stream(batch, run.start, c.steps)):
         run.end_step(train_step(model, optimizer, processes, c, step, pair, run.culprits))
     summary, files = {}, []
     if processes.main:
         model, _ = load_laq(run.out, "out")
         with processes.autocast(c):
-            files = [write_labels(model, run.found, dataset, c.window,
-                                  run.out / "labels.safetensors")]
+            files = [
+                write_labels(model, run.found, dataset, c.window, run.out / "labels.safetensors")
+            ]
             if held_out:
                 summary, more = report(model, train_set, held_out, c.window, run.out, c.seed)
                 files += more
     run.finish(summary, files)
+
 
 # ------------------------------------------------------------------------ labels, report card
 def label(model, episodes, window, batch=256):
@@ -128,42 +182,57 @@ def label(model, episodes, window, batch=256):
     rows = [(e, t) for e, episode in enumerate(episodes) for t in range(len(episode.frames))]
     codes = []
     for at in tqdm(range(0, len(rows), batch), desc="labels", leave=False, mininterval=1.0):
-        pair = data.frame_pairs(episodes, rows[at:at + batch], window)
+        pair = data.frame_pairs(episodes, rows[at : at + batch], window)
         codes.append(model.label(data.to_float(pair, device)).cpu().numpy())
     ends = np.cumsum([len(e.frames) for e in episodes])[:-1]
     return {e.id: part for e, part in zip(episodes, np.split(np.concatenate(codes), ends))}
 
+
 def write_labels(model, checkpoint, dataset, window, path):
-    data.save_labels(path, label(model, dataset.episodes, window), {
-        "laq": common.fingerprint(checkpoint), "window": window, "dataset": dataset.fingerprint,
-        "codebook_size": model.config.codebook_size, "code_len": model.config.code_len})
+    data.save_labels(
+        path,
+        label(model, dataset.episodes, window),
+        {
+            "laq": common.fingerprint(checkpoint),
+            "window": window,
+            "dataset": dataset.fingerprint,
+            "codebook_size": model.config.codebook_size,
+            "code_len": model.config.code_len,
+        },
+    )
     return path
+
 
 def psnr(mse):
     """Mean squared error of pixels in [0, 1] -> dB"""
     return float(-10 * np.log10(max(mse, 1e-12)))
+
 
 def perplexity(codes, size):
     """exp of the entropy of one slot's codes, int [M]; 1 when collapsed, `size` when even"""
     share = np.bincount(codes, minlength=size) / len(codes)
     return float(np.exp(-(share[share > 0] * np.log(share[share > 0])).sum()))
 
+
 def probe_r2(codes, target, test_codes, test_target, size, ridge=1e-2):
     """Linear probe: one-hot codes int [M, K] -> target float [M, A], fitted on the first two
     arguments by ridge regression.  -> R2 on the test pairs, one number per axis; None for an axis
     that never moves there."""
-    features = lambda rows: np.pad(np.eye(size)[rows].reshape(len(rows), -1),
-                                   ((0, 0), (0, 1)), constant_values=1)  # M, K*V + 1
+    features = lambda rows: np.pad(
+        np.eye(size)[rows].reshape(len(rows), -1), ((0, 0), (0, 1)), constant_values=1
+    )  # M, K*V + 1
     X = features(codes)
     solved = np.linalg.solve(X.T @ X + ridge * np.eye(X.shape[1]), X.T @ target)
     return r2(features(test_codes) @ solved, test_target)
+
 
 def r2(guess, target):
     """Share of the variance of target [M, A] that guess explains, per axis; None for a constant"""
     error = ((guess - target) ** 2).sum(0)
     spread = ((target - target.mean(0)) ** 2).sum(0)
-    moves = spread > 1e-20 * (target ** 2).sum(0)  # more than rounding does
+    moves = spread > 1e-20 * (target**2).sum(0)  # more than rounding does
     return [1 - float(e) / float(s) if m else None for e, s, m in zip(error, spread, moves)]
+
 
 def window_motion(episode, window):
     """Sum of an episode's actions over each frame's window, [T, A]: its true displacement"""
@@ -171,6 +240,7 @@ def window_motion(episode, window):
     later = data.future_index(now, len(now), data.window_frames(window, episode.fps))
     total = np.pad(episode.actions.cumsum(0).astype(float), ((1, 0), (0, 0)))
     return total[later] - total[now]
+
 
 def report(model, train_set, held_out, window, out, seed=0):
     """Report card on held-out episodes -> numbers, files written."""
@@ -185,39 +255,51 @@ def report(model, train_set, held_out, window, out, seed=0):
     for part in pairs.to(device).split(256):
         first, z = part[:, 0], model.label(part)
         other = z[rng.permutation(len(z))]
-        error += [float(((picture.clamp(0, 1) - part[:, 1]) ** 2).mean((1, 2, 3)).sum())
-                  for picture in (model.imagine(first, z), first, model.imagine(first, other))]
+        error += [
+            float(((picture.clamp(0, 1) - part[:, 1]) ** 2).mean((1, 2, 3)).sum())
+            for picture in (model.imagine(first, z), first, model.imagine(first, other))
+        ]
         codes.append(z.cpu().numpy())
     codes = np.concatenate(codes)
     drawn, copied, shuffled = (psnr(total / len(pairs)) for total in error)
     card = {
-        "pairs": len(pairs), "episodes": len(held_out),
+        "pairs": len(pairs),
+        "episodes": len(held_out),
         "codes_used": [len(np.unique(slot)) for slot in codes.T],
         "perplexity": [round(perplexity(slot, c.codebook_size), 2) for slot in codes.T],
         "combinations_used": len(np.unique(codes, axis=0)),
-        "psnr": round(drawn, 2), "psnr_copy_first_frame": round(copied, 2),
-        "psnr_shuffled_codes": round(shuffled, 2), "psnr_above_copy": round(drawn - copied, 2),
-        "psnr_lost_by_shuffling": round(drawn - shuffled, 2)}
+        "psnr": round(drawn, 2),
+        "psnr_copy_first_frame": round(copied, 2),
+        "psnr_shuffled_codes": round(shuffled, 2),
+        "psnr_above_copy": round(drawn - copied, 2),
+        "psnr_lost_by_shuffling": round(drawn - shuffled, 2),
+    }
     known = [[e for e in part if e.actions is not None] for part in (train_set[:500], held_out)]
     if all(known):
         x = [np.concatenate([*label(model, part, window).values()]) for part in known]
         y = [np.concatenate([window_motion(e, window) for e in part]) for part in known]
         mixed = [rng.permutation(rows) for rows in x]
         for name, (fit, test) in (("probe_r2", x), ("probe_r2_shuffled", mixed)):
-            card[name] = [r if r is None else round(r, 3)
-                          for r in probe_r2(fit, y[0], test, y[1], c.codebook_size)]
+            card[name] = [
+                r if r is None else round(r, 3)
+                for r in probe_r2(fit, y[0], test, y[1], c.codebook_size)
+            ]
     lines = ["| report card | held-out pairs |", "|---|---|"]
-    lines += [f"| {k.replace('_', ' ')} | {str(v).strip('[]').replace('None', 'never moves')} |"
-              for k, v in card.items()]
+    lines += [
+        f"| {k.replace('_', ' ')} | {str(v).strip('[]').replace('None', 'never moves')} |"
+        for k, v in card.items()
+    ]
     print("\n".join(lines))
     common.write_atomically(out / "report.md", "\n".join(lines) + "\n")
     common.write_atomically(out / "report.json", common.to_json(card, 1) + "\n")
     few = pairs[:8].to(device)
     imagined = model.imagine(few[:, 0], model.label(few))
-    contact_sheet({"x_t": few[:, 0], "x_t+H": few[:, 1], "drawn": imagined},
-                  out / "reconstructions.png")
+    contact_sheet(
+        {"x_t": few[:, 0], "x_t+H": few[:, 1], "drawn": imagined}, out / "reconstructions.png"
+    )
     draw_atlas(model, pairs[:6, 0].to(device), codes, out / "atlas.png")
     return card, [out / n for n in ("report.json", "report.md", "reconstructions.png", "atlas.png")]
+
 
 def contact_sheet(columns, path, size=96, gap=4, head=16):
     """columns: title -> pictures, float [N, 3, H, W] in [0, 1] -> a PNG"""
@@ -232,6 +314,7 @@ def contact_sheet(columns, path, size=96, gap=4, head=16):
     with common.refuse(f"{path}: not written"), common.atomically(path) as draft:
         sheet.save(draft)
 
+
 def draw_atlas(model, starts, codes, path, most=8):
     """What the decoder says each of the most frequent code combinations does to each start frame
     (paper section 5): the same column should move things the same way in every row."""
@@ -241,6 +324,7 @@ def draw_atlas(model, starts, codes, path, most=8):
         same = torch.from_numpy(z).to(starts.device).expand(len(starts), -1)
         columns[" ".join(map(str, z))] = model.imagine(starts, same)
     contact_sheet(columns, path)
+
 
 # ------------------------------------------------------------------------ more videos
 @dataclass
@@ -254,10 +338,12 @@ class ApplyConfig:
     bf16: bool = False  # bfloat16 arithmetic; unless named: as the LAQ was trained
     seed: int = 0
 
+
 def laq_shape(meta):
     """A checkpoint's network.  Our own ones that do not tell have the ReLU of older code."""
     shape = meta["model"]
     return {"code_relu": not shape.get("official_peg", False), **shape}
+
 
 def load_laq(path, option="laq"):
     """A checkpoint's LAQ, in evaluation mode, and its meta"""
@@ -266,6 +352,7 @@ def load_laq(path, option="laq"):
         model = LAQ(LAQConfig(**laq_shape(meta)))
         common.load_strictly(model, weights)
     return model.to(common.Processes().device).eval(), meta
+
 
 def apply(command, c, given):
     model, meta = load_laq(c.laq)
@@ -280,6 +367,7 @@ def apply(command, c, given):
             train_set, held_out = dataset.split(c.held_out)
             _, files = report(model, train_set, held_out or train_set, window, c.out, c.seed)
     print("wrote", ", ".join(map(str, files)))
+
 
 if __name__ == "__main__":
     if sys.argv[1:2] in (["label"], ["report"]):

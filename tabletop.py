@@ -19,12 +19,22 @@ BLOCKS = ("red circle", "blue square", "green triangle", "yellow star")
 COLORS = ((214, 62, 58), (58, 108, 208), (62, 158, 84), (236, 186, 52))  # of the blocks
 THINGS = ("tip", *BLOCKS)
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-PLACES = {"left side": (0, np.nan), "right side": (1, np.nan), "top side": (np.nan, 0),
-          "bottom side": (np.nan, 1), "top left corner": (0, 0), "top right corner": (1, 0),
-          "bottom left corner": (0, 1), "bottom right corner": (1, 1)}
-PHRASES = {"reach": ["move to the {}"], "push": ["push the {} " + d for d in DIRECTIONS],
-           "place": ["push the {} to the " + p for p in PLACES],
-           "join": ["push the {} to the " + b for b in BLOCKS]}  # of each task family
+PLACES = {
+    "left side": (0, np.nan),
+    "right side": (1, np.nan),
+    "top side": (np.nan, 0),
+    "bottom side": (np.nan, 1),
+    "top left corner": (0, 0),
+    "top right corner": (1, 0),
+    "bottom left corner": (0, 1),
+    "bottom right corner": (1, 1),
+}
+PHRASES = {
+    "reach": ["move to the {}"],
+    "push": ["push the {} " + d for d in DIRECTIONS],
+    "place": ["push the {} to the " + p for p in PLACES],
+    "join": ["push the {} to the " + b for b in BLOCKS],
+}  # of each task family
 FAMILIES = tuple(PHRASES)
 SPEED = {"robot": 0.06, "human": 0.045}  # table widths a step at action 1
 FPS = 5  # steps a second, as Bridge
@@ -36,26 +46,36 @@ RIM = 0.115  # blocks stop this far from the edge, so that the effector can get 
 GRIP = 0.9  # share of the effector's motion that a touched block follows; the rest may slip
 PUSH_DISTANCE, SIDE, CORNER, JOIN = 0.12, 0.17, 0.28, 0.18  # what counts as success
 
+
 def tasks(split="all"):
     """All (family, block, argument) combinations of a split: "seen", "unseen" or "all".
 
     A quarter of a family's combinations (of join, a third) is unseen: never in the labelled few."""
-    return [(f, block, argument) for f, family in enumerate(FAMILIES) for block in range(4)
-            for argument in range(len(PHRASES[family])) if family != "join" or argument != block
-            if split == "all" or ((block + argument) % 4 == 3) == (split == "unseen")]
+    return [
+        (f, block, argument)
+        for f, family in enumerate(FAMILIES)
+        for block in range(4)
+        for argument in range(len(PHRASES[family]))
+        if family != "join" or argument != block
+        if split == "all" or ((block + argument) % 4 == 3) == (split == "unseen")
+    ]
+
 
 def instruction(family, block, argument):
     return PHRASES[FAMILIES[family]][argument].format(BLOCKS[block])
+
 
 def vocabulary():
     """Every text the table top can produce, for training a word-level tokenizer"""
     numbers = " ".join(map(str, range(CAPTION_BINS)))
     return [instruction(*task) for task in tasks()] + [f"describe the table where is tip {numbers}"]
 
+
 def _polar(vectors):
     """[.., 2] -> their directions [.., 2] and lengths [.., 1]"""
     length = np.linalg.norm(vectors, axis=-1, keepdims=True) + 1e-9
     return vectors / length, length
+
 
 class TableTop:
     """A batch of tables.
@@ -65,17 +85,30 @@ class TableTop:
     anew for each table); split: which tasks, see `tasks`; families: subset of FAMILIES;
     size: pixels; max_steps: steps until `truncated`."""
 
-    def __init__(self, batch, embodiment="robot", look="plain", split="all", families=FAMILIES,
-                 size=64, max_steps=50):
-        for value, allowed, name in ((embodiment, SPEED, "embodiment"),
-                                     (look, ("plain", "real"), "look"),
-                                     (split, ("all", "seen", "unseen"), "split")):
+    def __init__(
+        self,
+        batch,
+        embodiment="robot",
+        look="plain",
+        split="all",
+        families=FAMILIES,
+        size=64,
+        max_steps=50,
+    ):
+        for value, allowed, name in (
+            (embodiment, SPEED, "embodiment"),
+            (look, ("plain", "real"), "look"),
+            (split, ("all", "seen", "unseen"), "split"),
+        ):
             if value not in allowed:
                 raise ValueError(f"{name} is one of {', '.join(allowed)}, not {value!r}")
         self.batch, self.embodiment, self.look, self.size = batch, embodiment, look, size
         self.speed, self.max_steps = SPEED[embodiment], max_steps
-        self.by_family = [[task for task in tasks(split) if task[0] == f]
-                          for f, family in enumerate(FAMILIES) if family in families]
+        self.by_family = [
+            [task for task in tasks(split) if task[0] == f]
+            for f, family in enumerate(FAMILIES)
+            if family in families
+        ]
 
     # -------------------------------------------------------------- the Gymnasium interface
     def reset(self, seed):
@@ -121,8 +154,10 @@ class TableTop:
 
     def _now(self):
         """-> obs, info"""
-        return {"image": self.image.copy(), "instruction": list(self.instructions)}, \
-            {"success": self.success.copy(), "family": [FAMILIES[f] for f in self.task[:, 0]]}
+        return {"image": self.image.copy(), "instruction": list(self.instructions)}, {
+            "success": self.success.copy(),
+            "family": [FAMILIES[f] for f in self.task[:, 0]],
+        }
 
     # -------------------------------------------------------------- physics and success
     def _move(self, motion):
@@ -186,8 +221,10 @@ class TableTop:
     # -------------------------------------------------------------- words and pixels
     def captions(self, rng):
         """What a vision-language model would say of each table: names and places in random order"""
-        return [" ".join(f"{THINGS[i].split()[0]} {where[i]}" for i in rng.permutation(len(THINGS)))
-                for where in zip(*(self.locate(thing) for thing in THINGS))]
+        return [
+            " ".join(f"{THINGS[i].split()[0]} {where[i]}" for i in rng.permutation(len(THINGS)))
+            for where in zip(*(self.locate(thing) for thing in THINGS))
+        ]
 
     def locate(self, thing):
         """Where a thing (of THINGS) is on each table, in words: "3 12" """
@@ -244,20 +281,25 @@ class TableTop:
             paint(tip, disc(TIP_RADIUS + 0.015), np.float32((38, 40, 48)))
             paint(tip, disc(TIP_RADIUS - 0.034), np.float32((236, 238, 242)))
         else:  # a fist and its thumb
+
             def thumb(dx, dy):
                 along = np.clip((dx + dy) / 2, 0, 0.05)
                 return 0.03 - np.hypot(dx - along, dy - along)
+
             skin = np.float32((112, 72, 52))
             paint(tip, thumb, 0.86 * skin)
             paint(tip, disc(TIP_RADIUS + 0.012), 0.8 * skin)
             paint(tip, disc(TIP_RADIUS - 0.002), skin)
         return np.clip(canvas * self.gain[which], 0, 255).astype(np.uint8)
 
+
 OUTLINES = (  # distance inside the outline of each block: circle, square, triangle, star
     lambda dx, dy: BLOCK_RADIUS - np.hypot(dx, dy),
     lambda dx, dy: 0.87 * BLOCK_RADIUS - np.maximum(np.abs(dx), np.abs(dy)),
     lambda dx, dy: np.minimum(0.045 - dy, 0.045 + 0.5 * dy - 0.866 * np.abs(dx)),
-    lambda dx, dy: BLOCK_RADIUS * (0.86 + 0.3 * np.cos(5 * np.arctan2(dx, -dy))) - np.hypot(dx, dy))
+    lambda dx, dy: BLOCK_RADIUS * (0.86 + 0.3 * np.cos(5 * np.arctan2(dx, -dy))) - np.hypot(dx, dy),
+)
+
 
 # ------------------------------------------------------------------------ datasets
 @dataclass
@@ -272,6 +314,7 @@ class TabletopOptions:
     size: int = 64  # pixels
     seed: int = 0
 
+
 def record(o, folder):
     """Record the scripted expert; failures are dropped: every video shows its instruction."""
     unseen, kept = set(tasks("unseen")), 0
@@ -285,15 +328,23 @@ def record(o, folder):
         for b in np.flatnonzero(env.success):
             name, T = f"{o.embodiment}_{kept:05d}", env.steps[b] + 1
             np.save(folder / "videos" / f"{name}.npy", images[b, :T])
-            np.save(folder / "actions" / f"{name}.npy", actions[b, :T - 1])
-            yield {"id": name, "instruction": env.instructions[b], "video": f"videos/{name}.npy",
-                   "fps": FPS, "frames": int(T), "actions": f"actions/{name}.npy",
-                   "task": FAMILIES[env.task[b, 0]], "embodiment": o.embodiment,
-                   "combination": "unseen" if tuple(env.task[b]) in unseen else "seen"}
+            np.save(folder / "actions" / f"{name}.npy", actions[b, : T - 1])
+            yield {
+                "id": name,
+                "instruction": env.instructions[b],
+                "video": f"videos/{name}.npy",
+                "fps": FPS,
+                "frames": int(T),
+                "actions": f"actions/{name}.npy",
+                "task": FAMILIES[env.task[b, 0]],
+                "embodiment": o.embodiment,
+                "combination": "unseen" if tuple(env.task[b]) in unseen else "seen",
+            }
             kept += 1
             if kept == o.episodes:
                 return
     raise ValueError(f"--noise {o.noise}: the expert reached {kept} goals of {o.episodes}")
+
 
 def scenes(o, folder, tags):
     """Still scenes, 100 to a video: what a pretrained vision-language model knows.  Each video is
@@ -308,7 +359,14 @@ def scenes(o, folder, tags):
         for thing in THINGS:
             said[f"where is the {thing}"] = [f"{opening} {x} {closing}" for x in env.locate(thing)]
         for i, (instruction, captions) in enumerate(said.items()):
-            yield {"id": f"scene_{part:05d}_{i}", "instruction": instruction, "video": video,
-                   "fps": 1, "frames": 100, "embodiment": embodiment, "captions": captions,
-                   "task": "locate" if i else "describe",
-                   "split": "val" if 0 < part >= parts - 2 else "train"}
+            yield {
+                "id": f"scene_{part:05d}_{i}",
+                "instruction": instruction,
+                "video": video,
+                "fps": 1,
+                "frames": 100,
+                "embodiment": embodiment,
+                "captions": captions,
+                "task": "locate" if i else "describe",
+                "split": "val" if 0 < part >= parts - 2 else "train",
+            }

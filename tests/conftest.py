@@ -1,4 +1,5 @@
 """What the test files share: the repository's path, ways to run a stage, hand-made datasets."""
+
 import json
 import os
 import runpy
@@ -46,12 +47,14 @@ def start(tmp_path_factory):
     def run(*words):
         words = [str(ROOT / str(w) if str(w).endswith(".py") else w) for w in words]
         return subprocess.run([sys.executable, *words], cwd=home, capture_output=True, text=True)
+
     return run
 
 
 @pytest.fixture
 def inside(monkeypatch):
     """inside("data.py", "check", D) -> exit code: the same within this process, which is quicker"""
+
     def run(script, *words):
         monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
         try:
@@ -59,6 +62,7 @@ def inside(monkeypatch):
         except SystemExit as stop:
             return stop.code or 0
         return 0
+
     return run
 
 
@@ -74,10 +78,17 @@ def make_dataset(tmp_path, monkeypatch):
         for name, T in lengths.items():
             np.save(root / f"{name}.npy", rng.random((T - 1, 2), dtype=np.float32))
             np.save(root / f"videos/{name}.npy", rng.integers(0, 256, (T, size, size, 3), np.uint8))
-            rows[name] = {"id": name, "instruction": "push it", "video": f"videos/{name}.npy",
-                          "fps": 5, "frames": T, "actions": f"{name}.npy"}
+            rows[name] = {
+                "id": name,
+                "instruction": "push it",
+                "video": f"videos/{name}.npy",
+                "fps": 5,
+                "frames": T,
+                "actions": f"{name}.npy",
+            }
         change(root, rows)
         lines = [r if isinstance(r, str) else json.dumps(r) for r in rows.values()]
         (root / "episodes.jsonl").write_text("\n".join(lines))
         return root
+
     return make

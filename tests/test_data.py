@@ -1,4 +1,5 @@
 """Episodes on disk, their cache, windows, labels, bins, token rows, the report card's figures."""
+
 import json
 import re
 import subprocess
@@ -19,6 +20,7 @@ from model import ACTION, LATENT, TEXT, VISION
 
 LANGUAGE_TABLE = ROOT.parent / "shared" / "data" / "language-table"
 
+
 # ---------------------------------------------------------------- defects of a dataset
 def cut(path):
     path.write_bytes(path.read_bytes()[:-40])
@@ -26,11 +28,13 @@ def cut(path):
 
 def junk(name):
     """A video `name` that no decoder understands"""
+
     def change(root, b):
         (root / name).parent.mkdir(exist_ok=True)
         (root / name).write_bytes(b"\x89PNG junk" * 20)
         b.update(video=name.partition("/")[0], frames=0)
         del b["frames"]
+
     return change
 
 
@@ -68,14 +72,17 @@ DEFECTS = {  # name: (field, what breaks episode b of 7 frames)
     "missing actions": ("actions", lambda root, b: b.update(actions="none.npy")),
     "empty instruction": ("instruction", lambda root, b: b.update(instruction="  ")),
     "half a character": ("instruction", lambda root, b: b.update(instruction="push \ud800")),
-    "actions beyond float32": ("actions", lambda root, b: np.save(root / "b.npy",
-                                                                  np.full((6, 2), 1e300))),
+    "actions beyond float32": (
+        "actions",
+        lambda root, b: np.save(root / "b.npy", np.full((6, 2), 1e300)),
+    ),
     "no instruction": ("instruction", lambda root, b: b.pop("instruction")),
     "absolute path": ("video", lambda root, b: b.update(video=str(root / "videos/b.npy"))),
     "path outside": ("actions", lambda root, b: b.update(actions="../dataset/b.npy")),
     "no fps": ("fps", lambda root, b: b.pop("fps")),
     "fps zero": ("fps", lambda root, b: b.update(fps=0)),
-    "captions": ("captions", lambda root, b: b.update(captions=["one"]))}
+    "captions": ("captions", lambda root, b: b.update(captions=["one"])),
+}
 
 
 def refused(folder, capsys):
@@ -107,6 +114,7 @@ def test_all_defects_are_reported_at_once(make_dataset, capsys):
     def change(root, rows):
         DEFECTS["NaN"][1](root, rows["b"])
         rows["b"]["instruction"], rows["c"]["fps"], rows["d"] = "", "fast", "{"
+
     said = refused(make_dataset({"a": 5, "b": 7, "c": 4, "d": 4}, change), capsys)
     for part in ("4 defects", "'b': field actions", "'b': field instr", "'c': field fps", "line 4"):
         assert part in said
@@ -128,8 +136,12 @@ def film(root, row):
 
 def deep_film(root, row):
     """Ten bits per channel"""
-    make_film(root / "film.mkv", [np.full((32, 32, 3), 20 * n, np.uint8) for n in range(1, 13)],
-              codec="ffv1", pixels="yuv420p10le")
+    make_film(
+        root / "film.mkv",
+        [np.full((32, 32, 3), 20 * n, np.uint8) for n in range(1, 13)],
+        codec="ffv1",
+        pixels="yuv420p10le",
+    )
     row["video"] = "film.mkv"
     del row["fps"]
 
@@ -183,10 +195,20 @@ def test_cache_is_read_renewed_and_ignores_drafts(make_dataset, tmp_path):
 
 def test_two_processes_may_open_a_dataset_at_once(make_dataset, tmp_path):
     folder = make_dataset({f"e{i}": 40 for i in range(20)}, size=32)
-    script = "import sys, data; print([int(e.frames.sum(dtype=int)) for e in " \
-             "data.open_dataset(sys.argv[1], 4).episodes])"
-    both = [subprocess.Popen([sys.executable, "-c", script, folder], cwd=ROOT, text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+    script = (
+        "import sys, data; print([int(e.frames.sum(dtype=int)) for e in "
+        "data.open_dataset(sys.argv[1], 4).episodes])"
+    )
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, folder],
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for _ in range(2)
+    ]
     (one, complaint), (two, _) = (p.communicate() for p in both)
     assert one == two and one.count(",") == 19, complaint
     rows, index = sorted((tmp_path / "cache/frames_4").iterdir())  # no draft is left
@@ -196,16 +218,20 @@ def test_two_processes_may_open_a_dataset_at_once(make_dataset, tmp_path):
 
 def test_episodes_may_share_a_video(make_dataset):
     """Two threads then decode one source at once; they must not take each other's draft away."""
-    folder = make_dataset({f"e{i}": 300 for i in range(8)}, size=64, change=lambda root, rows: [
-        row.update(video="videos/e0.npy") for row in rows.values()])
+    folder = make_dataset(
+        {f"e{i}": 300 for i in range(8)},
+        size=64,
+        change=lambda root, rows: [row.update(video="videos/e0.npy") for row in rows.values()],
+    )
     for size in range(40, 48):  # many tries: it is a race
         frames = [e.frames for e in data.open_dataset(folder, size).episodes]
         assert all(np.array_equal(f, frames[0]) for f in frames)
 
 
 # ---------------------------------------------------------------- windows and batches
-@pytest.mark.parametrize("seconds, fps, frames", [(0.6, 5, 3), (0.6, 10, 6), (2.5, 12, 30),
-                                                  (0.6, 0.5, 1), (0.0, 5, 1)])
+@pytest.mark.parametrize(
+    "seconds, fps, frames", [(0.6, 5, 3), (0.6, 10, 6), (2.5, 12, 30), (0.6, 0.5, 1), (0.0, 5, 1)]
+)
 def test_window_frames(seconds, fps, frames):
     assert data.window_frames(seconds, fps) == frames
 
@@ -231,6 +257,7 @@ def test_stream_keeps_the_order(workers):
     def make(step):
         time.sleep(0.01 * (-step % 3))  # later ones would overtake
         return step
+
     assert list(data.stream(make, 4, 20, workers)) == list(range(4, 20))
 
 
@@ -248,8 +275,12 @@ def test_random_shift_moves_both_frames_alike():
     pair, found = torch.rand(40, 2, 3, 8, 8), set()
     for before, after in zip(pair, data.random_shift(pair, 0.25)):
         padded = np.pad(before.numpy(), ((0, 0), (0, 0), (2, 2), (2, 2)), mode="edge")
-        (fit,) = [(y, x) for y in range(5) for x in range(5)
-                  if np.array_equal(padded[:, :, y:y + 8, x:x + 8], after.numpy())]
+        (fit,) = [
+            (y, x)
+            for y in range(5)
+            for x in range(5)
+            if np.array_equal(padded[:, :, y : y + 8, x : x + 8], after.numpy())
+        ]
         found.add(fit)
     assert {y for y, _ in found} == {x for _, x in found} == set(range(5))
 
@@ -279,6 +310,7 @@ def test_labels_come_back_and_others_are_refused(make_dataset, tmp_path, capsys)
         with pytest.raises(SystemExit) as stop:
             data.load_labels(path, data.Dataset(opened.path, mark, []), opened.episodes)
         assert stop.value.code == 2 and words in capsys.readouterr().err
+
     refused("another dataset", mark="0" * 12)
     data.save_labels(path, {**labels, "b": labels["b"][:-1]}, meta)
     refused("episode 'b' has 6 labels, expected 7")
@@ -288,10 +320,14 @@ def test_labels_come_back_and_others_are_refused(make_dataset, tmp_path, capsys)
     refused("no labels there")
 
 
-@pytest.mark.parametrize("values, edges, middles", [
-    (range(9), [0, 2, 4, 6, 8], [1, 3, 5, 7]),
-    ([0, 0, 0, 0, 1, 2, 3, 4], [0, 0.5, 2.25, 4], [0.25, 1.375, 3.125]),  # ties: an edge fewer
-    ([7] * 5, [7], [7])])  # a constant column keeps its value
+@pytest.mark.parametrize(
+    "values, edges, middles",
+    [
+        (range(9), [0, 2, 4, 6, 8], [1, 3, 5, 7]),
+        ([0, 0, 0, 0, 1, 2, 3, 4], [0, 0.5, 2.25, 4], [0.25, 1.375, 3.125]),  # ties: an edge fewer
+        ([7] * 5, [7], [7]),
+    ],
+)  # a constant column keeps its value
 def test_bins_are_quantiles_as_qcut_cuts_them(values, edges, middles):
     found = data.fit_bins(np.array(values, np.float32)[:, None], bins=4)
     every = np.arange(len(middles))[:, None]
@@ -305,8 +341,13 @@ def test_values_find_their_bin():
     assert gripper.tolist() == [-0.5, 0.5, 1.5]
     edges = [np.array([0.0, 2, 4, 6, 8]), np.array([7.0]), gripper]
     rows = np.array([[-5, 3, 0], [0, 7, 0.4], [1.99, 9, 0.5], [2, 7, 1], [8, 7, 9]], np.float32)
-    assert data.to_bins(rows, edges).tolist() == [[0, 0, 0], [0, 0, 0], [0, 0, 1], [1, 0, 1],
-                                                  [3, 0, 1]]
+    assert data.to_bins(rows, edges).tolist() == [
+        [0, 0, 0],
+        [0, 0, 0],
+        [0, 0, 1],
+        [1, 0, 1],
+        [3, 0, 1],
+    ]
     assert data.from_bins(data.to_bins(rows, edges), edges)[:, 2].tolist() == [0, 0, 1, 1, 1]
 
 
@@ -320,10 +361,14 @@ def row(text):
     return [int(w) if w.isdigit() else SEQUENCES.tokenizer.token_to_id(w) for w in text.split()]
 
 
-@pytest.mark.parametrize("kind, answers, said", [
-    (LATENT, [[5, 1], [0, 7]], ("<delta> 5 1 </delta> </s>", "<delta> 0 7 </delta> </s>")),
-    (ACTION, [[5, 1], [0, 7]], ("<action> 5 1 </action> </s>", "<action> 0 7 </action> </s>")),
-    (TEXT, ["red star", "star"], ("red star </s>", "star </s>"))])
+@pytest.mark.parametrize(
+    "kind, answers, said",
+    [
+        (LATENT, [[5, 1], [0, 7]], ("<delta> 5 1 </delta> </s>", "<delta> 0 7 </delta> </s>")),
+        (ACTION, [[5, 1], [0, 7]], ("<action> 5 1 </action> </s>", "<action> 0 7 </action> </s>")),
+        (TEXT, ["red star", "star"], ("red star </s>", "star </s>")),
+    ],
+)
 def test_rows_by_hand(kind, answers, said):
     batch = SEQUENCES.rows(["push red", "block"], answers, kind)
     prompts = [f"<s> <unk> {text} <vision> 0 0 </vision> " for text in ("push red", "block")]
@@ -332,7 +377,7 @@ def test_rows_by_hand(kind, answers, said):
         tokens = whole[i] + [data.BOS] * (length - len(whole[i]))
         kinds = [TEXT] * (prompt - 3) + [VISION] * 2 + [TEXT] * (length - prompt + 1)
         if kind != TEXT:
-            kinds[prompt + 1:prompt + 3] = [kind] * 2
+            kinds[prompt + 1 : prompt + 3] = [kind] * 2
         answer = range(prompt, len(whole[i]))  # tags, codes and eos: what a model has to say
         inputs = [data.BOS if token == data.EOS else token for token in tokens[:-1]]
         assert batch["tokens"][i].tolist() == inputs
@@ -345,8 +390,10 @@ def test_rows_by_hand(kind, answers, said):
 def test_prompts_are_padded_on_the_left_and_begin_as_rows_do():
     tokens, kinds, valid = SEQUENCES.prompts(["push red", "block"], LATENT)
     begin = "<s> <unk> {} <vision> 0 0 </vision> <delta>"
-    assert tokens.tolist() == [row(begin.format("push red")),
-                               [data.PAD] + row(begin.format("block"))]
+    assert tokens.tolist() == [
+        row(begin.format("push red")),
+        [data.PAD] + row(begin.format("block")),
+    ]
     assert valid.tolist() == [[True] * 9, [False] + [True] * 8]
     assert kinds[1].tolist() == [TEXT] * 5 + [VISION] * 2 + [TEXT] * 2
     trained = SEQUENCES.rows(["push red"], [[5, 1]], LATENT)["tokens"]
@@ -369,19 +416,33 @@ def test_an_epoch_of_windows_keeps_no_frame_in_memory(make_dataset):
     data.to_float(data.frame_pairs(found, rows[:16], 0.6))
     before = held()
     for at in range(0, len(rows), 16):
-        data.to_float(data.frame_pairs(found, rows[at:at + 16], 0.6))
+        data.to_float(data.frame_pairs(found, rows[at : at + 16], 0.6))
     assert held() - before < 8_000  # kB
 
 
 # ---------------------------------------------------------------- dimensions of few values
 @pytest.mark.parametrize("binary", ["", "1"])
-@pytest.mark.parametrize("values", [(-1, 1), (0, 0.08), (0, 255), (0, 1), (-1, 0, 1), (0, 0.5, 1),
-                                    (0, 1, 10, 11), (3,), tuple(range(16))])
+@pytest.mark.parametrize(
+    "values",
+    [
+        (-1, 1),
+        (0, 0.08),
+        (0, 255),
+        (0, 1),
+        (-1, 0, 1),
+        (0, 0.5, 1),
+        (0, 1, 10, 11),
+        (3,),
+        tuple(range(16)),
+    ],
+)
 def test_a_dimension_of_few_values_decodes_to_exactly_these(values, binary):
     rng = np.random.default_rng(0)
     rows = np.stack([rng.normal(size=400), rng.choice(values, 400)], 1).astype(np.float32)
-    edges = [np.array(e) for e in json.loads(json.dumps(
-        [e.tolist() for e in data.fit_bins(rows, 256, binary)]))]  # as a checkpoint keeps them
+    edges = [
+        np.array(e)
+        for e in json.loads(json.dumps([e.tolist() for e in data.fit_bins(rows, 256, binary)]))
+    ]  # as a checkpoint keeps them
     bins = data.to_bins(rows, edges)
     assert set(bins[:, 1]) == set(range(len(values)))  # one bin for each value
     assert np.array_equal(data.from_bins(bins, edges)[:, 1].astype(np.float32), rows[:, 1])
@@ -391,15 +452,25 @@ def test_a_dimension_of_few_values_decodes_to_exactly_these(values, binary):
 
 def test_what_shares_a_bin_is_said():
     rng = np.random.default_rng(0)
-    rows = np.stack([rng.normal(size=1000), np.full(1000, 2), rng.choice([0, 1], 1000),
-                     np.where(rng.random(1000) < 0.9, 0, rng.normal(size=1000))], 1)
+    rows = np.stack(
+        [
+            rng.normal(size=1000),
+            np.full(1000, 2),
+            rng.choice([0, 1], 1000),
+            np.where(rng.random(1000) < 0.9, 0, rng.normal(size=1000)),
+        ],
+        1,
+    )
     edges = data.fit_bins(rows)
-    count, lost = len(np.unique(rows[:, 3])), np.abs(
-        data.from_bins(data.to_bins(rows, edges), edges) - rows).mean(0)
+    count, lost = (
+        len(np.unique(rows[:, 3])),
+        np.abs(data.from_bins(data.to_bins(rows, edges), edges) - rows).mean(0),
+    )
     assert data.describe_bins(edges, rows) == (
         f"bins per dimension: 256 for 1000 values (off by {lost[0]:.2g} on average), 1 (always 2), "
         f"2 (one per value), {len(edges[3]) - 1} for {count} values "
-        f"(off by {lost[3]:.2g} on average)")
+        f"(off by {lost[3]:.2g} on average)"
+    )
 
 
 def test_binary_means_zero_and_one_or_what_there_is(capsys):
@@ -421,9 +492,13 @@ def test_bins_of_other_values_are_refused(capsys):
     edges = data.fit_bins(move)
     data.refuse_other_values(edges, 1.5 * move[:50], "x")
     data.refuse_other_values(edges, 30 * move[:50], "x", guessed=True)
-    for bins, rows in ((gripper, np.float32([[1], [-1]])), (gripper, np.float32([[0], [255]])),
-                       (edges, 30 * move[:50]), (edges, 0.0001 * move[:50]),
-                       (data.fit_bins(0 * move), move)):
+    for bins, rows in (
+        (gripper, np.float32([[1], [-1]])),
+        (gripper, np.float32([[0], [255]])),
+        (edges, 30 * move[:50]),
+        (edges, 0.0001 * move[:50]),
+        (data.fit_bins(0 * move), move),
+    ):
         with pytest.raises(SystemExit):
             data.refuse_other_values(bins, rows, "--init_from x")
         assert "--init_from x: its bins were made for other values" in capsys.readouterr().err
@@ -442,24 +517,46 @@ def matching(rows, where):
     return common.matching(rows, where, "x")
 
 
-WHERE = [{"id": "a", "success": True, "fps": 5, "note": None, "task": "push"},
-         {"id": "b", "success": False, "fps": 5.0, "note": "null", "task": "pull, then push"},
-         {"id": "c", "success": "true", "fps": 7, "level": 1}]
+WHERE = [
+    {"id": "a", "success": True, "fps": 5, "note": None, "task": "push"},
+    {"id": "b", "success": False, "fps": 5.0, "note": "null", "task": "pull, then push"},
+    {"id": "c", "success": "true", "fps": 7, "level": 1},
+]
 
 
-@pytest.mark.parametrize("where, ids", [
-    ("success=true", "ac"), ("success=True", "a"), ("success=false", "b"), ("fps=5", "ab"),
-    ("fps=5.0", "ab"), ("fps=7e0", "c"), ("note=null", "ab"), ("task=push", "a"), ("level=1", "c"),
-    ('task="push"', "a"), ("task=pull, then push", "b"),
-    ('task="pull, then push",success=false', "b"), ("fps=5,success=false", "b"), ("", "abc")])
+@pytest.mark.parametrize(
+    "where, ids",
+    [
+        ("success=true", "ac"),
+        ("success=True", "a"),
+        ("success=false", "b"),
+        ("fps=5", "ab"),
+        ("fps=5.0", "ab"),
+        ("fps=7e0", "c"),
+        ("note=null", "ab"),
+        ("task=push", "a"),
+        ("level=1", "c"),
+        ('task="push"', "a"),
+        ("task=pull, then push", "b"),
+        ('task="pull, then push",success=false', "b"),
+        ("fps=5,success=false", "b"),
+        ("", "abc"),
+    ],
+)
 def test_where_compares_values_as_json(where, ids):
     assert "".join(row["id"] for row in matching(WHERE, where)) == ids
 
 
-@pytest.mark.parametrize("where, said", [
-    ("success=1", "no episode with success=1"), ("level=true", "no episode with level=true"),
-    ("sucess=true", "none has a field 'sucess'"), ("fps", "expected name=value"),
-    ("=5", "expected name=value")])
+@pytest.mark.parametrize(
+    "where, said",
+    [
+        ("success=1", "no episode with success=1"),
+        ("level=true", "no episode with level=true"),
+        ("sucess=true", "none has a field 'sucess'"),
+        ("fps", "expected name=value"),
+        ("=5", "expected name=value"),
+    ],
+)
 def test_where_refuses_what_no_episode_fulfils(capsys, where, said):
     with pytest.raises(SystemExit):
         matching(WHERE, where)
@@ -513,8 +610,15 @@ def test_unknown_words_are_named_once_and_refused_where_no_word_is_known(capsys)
     assert said.count("\n") == 1 and "'mug', 'grasp', 'it'" in said
     sequences.check_words(["push the mug"])
     assert capsys.readouterr().out == ""
-    for texts in (["打开抽屉", "grasp mug"], ["."], [""], ["  "], ["push \ud800"],
-                  ["push </s>"], ["<vision> </vision>"]):
+    for texts in (
+        ["打开抽屉", "grasp mug"],
+        ["."],
+        [""],
+        ["  "],
+        ["push \ud800"],
+        ["push </s>"],
+        ["<vision> </vision>"],
+    ):
         with pytest.raises(data.NoKnownWord, match="none of the words|expected words|is no word"):
             sequences.check_words(texts)
 

@@ -1,4 +1,5 @@
 """The two networks: LAQ against the official code's numbers, its codebook, and the VLA."""
+
 import json
 import re
 import shutil
@@ -21,15 +22,23 @@ import model
 import pretrain
 import quantize
 import tabletop
-from model import (ACTION, LATENT, TEXT, VISION, LAQ, LAQConfig, VLA, VLAConfig, code_cnn,
-                   nearest)
+from model import ACTION, LATENT, TEXT, VISION, LAQ, LAQConfig, VLA, VLAConfig, code_cnn, nearest
 
 FOLDER = Path(__file__).parent / "golden"  # made with the official code: shared/fixtures/laq_small
 INFO = json.loads((FOLDER / "info.json").read_text())
 GOLDEN = {k: torch.from_numpy(v) for k, v in np.load(FOLDER / "golden.npz").items()}
 PAIR, CODES = data.to_float(GOLDEN["video_u8"].numpy()), GOLDEN["indices"].long()
-SMALL = dict(image_size=32, patch_size=8, dim=32, heads=4, dim_head=8, spatial_depth=1,
-             temporal_depth=1, decoder_depth=1, quant_dim=8)
+SMALL = dict(
+    image_size=32,
+    patch_size=8,
+    dim=32,
+    heads=4,
+    dim_head=8,
+    spatial_depth=1,
+    temporal_depth=1,
+    decoder_depth=1,
+    quant_dim=8,
+)
 
 
 def official(path=FOLDER / "laq.pt"):
@@ -46,9 +55,12 @@ def test_pt_and_safetensors_give_the_official_outputs():
     assert all(torch.equal(t, other.state_dict()[name]) for name, t in net.state_dict().items())
     assert torch.equal(net.label(PAIR), CODES)
     users = (3 * torch.arange(CODES.numel()) + 1).remainder(8).view_as(CODES)
-    for found, name in ((net.difference(PAIR), "d"), (net.imagine(PAIR[:, 0], CODES), "recon"),
-                        (net.imagine(PAIR[:, 0], users), "recon_user"),
-                        (net.quantizer.tokens(net.quantizer.codebook[CODES]), "action_tokens")):
+    for found, name in (
+        (net.difference(PAIR), "d"),
+        (net.imagine(PAIR[:, 0], CODES), "recon"),
+        (net.imagine(PAIR[:, 0], users), "recon_user"),
+        (net.quantizer.tokens(net.quantizer.codebook[CODES]), "action_tokens"),
+    ):
         torch.testing.assert_close(found, GOLDEN[name], rtol=0, atol=1e-5)
 
 
@@ -83,17 +95,33 @@ def test_paper_size_has_the_official_tensors():
     found = {k: list(t.shape) for k, t in full.state_dict().items()}
     assert found.pop("quantizer.uses") == [8]  # ours
     assert {convert.rename(k, convert.LAQ_KEYS): shape for k, shape in found.items()} == {
-        k.removeprefix("module."): shape for k, shape in keys.items()
-        if not k.endswith(".beta") and 0 not in shape}
+        k.removeprefix("module."): shape
+        for k, shape in keys.items()
+        if not k.endswith(".beta") and 0 not in shape
+    }
 
 
-@pytest.mark.parametrize("name, change, said", [
-    ("dec_spatial_transformer.norm_out.gamma", lambda s, k: s.pop(k),
-     "missing: dec_spatial_transformer.norm_out.gamma"),
-    ("vq.surprise", lambda s, k: s.update({k: torch.ones(3)}), "unexpected: vq.surprise"),
-    ("vq.project_in.weight", lambda s, k: s.update({k: s[k][:, 1:].clone()}),
-     "project_in.weight (16, 63)"),
-    ("dec_spatial_transformer.norm_out.beta", lambda s, k: s.update({k: torch.ones(64)}), "beta")])
+@pytest.mark.parametrize(
+    "name, change, said",
+    [
+        (
+            "dec_spatial_transformer.norm_out.gamma",
+            lambda s, k: s.pop(k),
+            "missing: dec_spatial_transformer.norm_out.gamma",
+        ),
+        ("vq.surprise", lambda s, k: s.update({k: torch.ones(3)}), "unexpected: vq.surprise"),
+        (
+            "vq.project_in.weight",
+            lambda s, k: s.update({k: s[k][:, 1:].clone()}),
+            "project_in.weight (16, 63)",
+        ),
+        (
+            "dec_spatial_transformer.norm_out.beta",
+            lambda s, k: s.update({k: torch.ones(64)}),
+            "beta",
+        ),
+    ],
+)
 def test_wrong_tensors_are_refused_by_name(tmp_path, name, change, said):
     state = load_file(FOLDER / "model.safetensors")
     change(state, name)
@@ -131,8 +159,11 @@ def test_decoder_does_not_shape_the_patch_embedding(codes_matter):
     if not codes_matter:
         torch.nn.init.zeros_(net.quantizer.project_out.weight)
     net(torch.rand(2, 2, 3, 32, 32))[0].backward()
-    for p in (*net.patch_embed.parameters(), net.quantizer.codebook,
-              net.spatial_encoder.layers[0].attention.to_q.weight):
+    for p in (
+        *net.patch_embed.parameters(),
+        net.quantizer.codebook,
+        net.spatial_encoder.layers[0].attention.to_q.weight,
+    ):
         assert p.grad.any() == codes_matter
     assert net.decoder.layers[0].attention.to_q.weight.grad.any()
 
@@ -189,9 +220,17 @@ def test_a_collapsed_codebook_heals(first, official_rule):
     frames = [env.reset(3)[0]["image"]]
     while len(frames) < 13:
         frames.append(env.step(env.expert(0.3))[0]["image"])
-    c = quantize.QuantizeConfig(data="", out="", **{**quantize.PRESETS["tiny"], **SMALL,
-                                                    "official_counting": official_rule,
-                                                    "codebook_pull": 0.0, "batch": 16})
+    c = quantize.QuantizeConfig(
+        data="",
+        out="",
+        **{
+            **quantize.PRESETS["tiny"],
+            **SMALL,
+            "official_counting": official_rule,
+            "codebook_pull": 0.0,
+            "batch": 16,
+        },
+    )
     torch.manual_seed(0)
     net = LAQ(LAQConfig(**{f.name: getattr(c, f.name) for f in fields(LAQConfig)}))
     net.quantizer.codebook.data.fill_(50.0)
@@ -202,8 +241,10 @@ def test_a_collapsed_codebook_heals(first, official_rule):
         t, table = rng.integers(10, size=16), rng.integers(64, size=16)
         pair = np.stack(frames)[[t, t + 3], table].swapaxes(0, 1)
         common.seed_step(c.seed, step)
-        most = max(most, quantize.train_step(net, optimizer, processes, c, step,
-                                             data.to_float(pair))["codes"])
+        most = max(
+            most,
+            quantize.train_step(net, optimizer, processes, c, step, data.to_float(pair))["codes"],
+        )
         if most == 8:
             break
     assert (most == 8) != official_rule
@@ -212,9 +253,29 @@ def test_a_collapsed_codebook_heals(first, official_rule):
 def test_two_processes_train_one_checkpoint(start, make_dataset, tmp_path):
     folder, out = make_dataset({f"e{i}": 6 for i in range(4)}), tmp_path / "run"
     shape = [w for k, v in SMALL.items() for w in (f"--{k}", v)]
-    done = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2,
-                 "quantize.py", "--preset", "tiny", *shape, "--data", folder, "--held_out", 1,
-                 "--out", out, "--steps", 4, "--batch", 8, "--log_every", 1)
+    done = start(
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        2,
+        "quantize.py",
+        "--preset",
+        "tiny",
+        *shape,
+        "--data",
+        folder,
+        "--held_out",
+        1,
+        "--out",
+        out,
+        "--steps",
+        4,
+        "--batch",
+        8,
+        "--log_every",
+        1,
+    )
     assert done.returncode == 0, done.stderr
     assert [p.name for p in out.glob("step_*")] == ["step_00000004"]
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 4
@@ -236,9 +297,21 @@ TEXTS = ["push left", "push the red block left", "block"]
 @pytest.fixture
 def vla():
     torch.manual_seed(0)
-    net = VLA(VLAConfig(dim=32, layers=2, heads=2, mlp=48, latent_vocab=8, action_vocab=16,
-                        text_vocab=SEQUENCES.tokenizer.get_vocab_size(), rope_theta=1e4,
-                        vision_vocab=0, image_size=16, patch_size=8))
+    net = VLA(
+        VLAConfig(
+            dim=32,
+            layers=2,
+            heads=2,
+            mlp=48,
+            latent_vocab=8,
+            action_vocab=16,
+            text_vocab=SEQUENCES.tokenizer.get_vocab_size(),
+            rope_theta=1e4,
+            vision_vocab=0,
+            image_size=16,
+            patch_size=8,
+        )
+    )
     for p in net.parameters():
         p.data.mul_(8 if p.std() < 0.1 else 1)  # fresh weights are so small that all looks alike
     return net.eval()
@@ -254,7 +327,7 @@ def test_generation_with_a_cache_equals_the_full_pass_with_and_without_padding(v
     assert torch.equal(vla.score(hidden[:, -6:-1], kind).argmax(-1), found)
     for i, text in enumerate(TEXTS):
         tokens, kinds, valid = SEQUENCES.prompts([text], kind)
-        alone = vla.generate(tokens, kinds, images[i:i + 1], valid, kind, 5)
+        alone = vla.generate(tokens, kinds, images[i : i + 1], valid, kind, 5)
         assert torch.equal(alone[0], found[i]), text
     assert len(found.unique()) > 1
 
@@ -300,8 +373,9 @@ def test_compiled_decoding_gives_the_same_tokens(vla):
 HEADERS = Path(get_paths()["include"], "Python.h")
 
 
-@pytest.mark.skipif(not (shutil.which("g++") and HEADERS.is_file()),
-                    reason="no C++ compiler or no Python headers")
+@pytest.mark.skipif(
+    not (shutil.which("g++") and HEADERS.is_file()), reason="no C++ compiler or no Python headers"
+)
 def test_a_control_loop_gives_the_same_tokens(vla):
     tokens, kinds, valid = SEQUENCES.prompts(TEXTS[:1], ACTION)
     images = torch.rand(5, 1, 3, 16, 16) * 2 - 1
@@ -361,22 +435,29 @@ def test_a_model_from_the_meta_device_begins_as_one_that_was_built_in_place(vla)
         if "norm" in name or name == "patch_position":
             assert torch.equal(found, tensor), name
         else:
-            assert found.mean().abs() < 0.02 and 0.8 < found.std() / tensor.std() < 1.25 or \
-                not tensor.any() and not found.any(), name
+            assert (
+                found.mean().abs() < 0.02
+                and 0.8 < found.std() / tensor.std() < 1.25
+                or not tensor.any()
+                and not found.any()
+            ), name
 
 
 def test_memory_of_the_7b_by_hand():
     """6.8e9 parameters: 4 bytes each in weights and gradients, 8 in Adam's moments; LoRA keeps the
     6.5e9 of the blocks in 2 bytes"""
     config = VLAConfig(latent_vocab=0, action_vocab=256)
-    full, shared, low = (bench.memory(config, 1, 384, gpus, True, rank)
-                         for gpus, rank in ((1, 0), (8, 0), (1, 16)))
+    full, shared, low = (
+        bench.memory(config, 1, 384, gpus, True, rank) for gpus, rank in ((1, 0), (8, 0), (1, 16))
+    )
     assert full["weights"] == full["gradients"] == full["optimizer"] / 2 == 4 * 6_809_718_784
     assert shared["weights"] == full["weights"] / 8
     assert low["weights"] == pytest.approx(2 * 6.476e9 + 4 * 0.374e9, rel=1e-3)
     assert low["gradients"] < 0.02 * full["gradients"]
-    kept = [bench.memory(config, rows, 384, 8, remade)["activations and copies"]
-            for rows, remade in ((1, False), (2, False), (2, True))]
+    kept = [
+        bench.memory(config, rows, 384, 8, remade)["activations and copies"]
+        for rows, remade in ((1, False), (2, False), (2, True))
+    ]
     assert kept[1] - kept[0] == pytest.approx(384 * 32 * 4096 * 57, rel=0.1)  # measured: 57.4
     assert kept[2] < kept[1]
 
@@ -466,8 +547,10 @@ def test_the_loss_of_rows_that_are_cut_does_not_depend_on_how_a_batch_is_parted(
     assert answered == [True, False, True, True]
     hidden = torch.randn(*rows["tokens"].shape, 32)
     whole, right = vla.answer_loss(hidden, rows, ACTION)
-    halves = [vla.answer_loss(h, {n: x.chunk(parts)[i] for n, x in rows.items()}, ACTION)
-              for i, h in enumerate(hidden.chunk(parts))]
+    halves = [
+        vla.answer_loss(h, {n: x.chunk(parts)[i] for n, x in rows.items()}, ACTION)
+        for i, h in enumerate(hidden.chunk(parts))
+    ]
     torch.testing.assert_close(sum(loss for loss, _ in halves) / parts, whole)
     assert torch.isfinite(torch.stack([part for pair in halves for part in pair])).all()
 
@@ -485,15 +568,33 @@ def test_the_cnn_of_each_number_of_codes_is_the_official_one(code_len, grid):
     torch.testing.assert_close(cnn(x), y)
 
 
-@pytest.mark.parametrize("code_len, size, needed", [
-    (1, 32, ()), (2, 32, ()), (4, 32, ("--code_len", 4)), (16, 64, ("--code_len", 16)),
-    (64, 64, ("--image_size", 64)), (256, 128, ("--code_len", 256))])
-def test_a_laq_of_each_number_of_codes_is_converted(inside, tmp_path, capsys, code_len, size,
-                                                    needed):
-    net = LAQ(LAQConfig(**{**SMALL, "image_size": size, "patch_size": 4}, code_len=code_len,
-                        official_peg=True, official_code_read=True))
-    file = {convert.rename(name, convert.LAQ_KEYS): t for name, t in net.state_dict().items()
-            if name != "quantizer.uses"}
+@pytest.mark.parametrize(
+    "code_len, size, needed",
+    [
+        (1, 32, ()),
+        (2, 32, ()),
+        (4, 32, ("--code_len", 4)),
+        (16, 64, ("--code_len", 16)),
+        (64, 64, ("--image_size", 64)),
+        (256, 128, ("--code_len", 256)),
+    ],
+)
+def test_a_laq_of_each_number_of_codes_is_converted(
+    inside, tmp_path, capsys, code_len, size, needed
+):
+    net = LAQ(
+        LAQConfig(
+            **{**SMALL, "image_size": size, "patch_size": 4},
+            code_len=code_len,
+            official_peg=True,
+            official_code_read=True,
+        )
+    )
+    file = {
+        convert.rename(name, convert.LAQ_KEYS): t
+        for name, t in net.state_dict().items()
+        if name != "quantizer.uses"
+    }
     file |= {name[:-5] + "beta": torch.zeros_like(t) for name, t in file.items() if "gamma" in name}
     torch.save(file, tmp_path / "laq.pt")
     if needed:  # nothing is guessed
@@ -512,8 +613,12 @@ def test_our_own_runs_of_older_code_keep_their_relu(tmp_path):
     shape = {key: value for key, value in vars(net.config).items() if key != "code_relu"}
     for official_peg in (False, True):  # True: converted, where the ReLU was a mistake
         folder = tmp_path / str(official_peg)
-        common.write_checkpoint(folder, net.state_dict().items(), {
-            "stage": "quantize", "model": shape | {"official_peg": official_peg}, "step": 0}, {})
+        common.write_checkpoint(
+            folder,
+            net.state_dict().items(),
+            {"stage": "quantize", "model": shape | {"official_peg": official_peg}, "step": 0},
+            {},
+        )
         again, _ = quantize.load_laq(folder)
         assert again.config.code_relu is not official_peg
     again, _ = quantize.load_laq(tmp_path / "False")

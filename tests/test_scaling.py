@@ -1,4 +1,5 @@
 """Several processes, resuming, kills and full disks: nothing changes, nothing is lost."""
+
 import json
 import os
 import re
@@ -32,12 +33,14 @@ def trained(start, tmp_path_factory):
         done = start(*words)
         assert done.returncode == code, done.stderr[-2000:]
         return done
+
     run("data.py", "tabletop", home / "table", "--episodes", 12)
     shared = "--data", home / "table", *STEPS, 20, "--out"
-    lines = {"quantize": ("quantize.py", "--shift_from", 0, *shared),
-             "pretrain": ("pretrain.py", "--laq", home / "quantize", *shared),
-             "finetune": ("finetune.py", "--init_from", home / "pretrain", "--labelled", 4,
-                          *shared)}
+    lines = {
+        "quantize": ("quantize.py", "--shift_from", 0, *shared),
+        "pretrain": ("pretrain.py", "--laq", home / "quantize", *shared),
+        "finetune": ("finetune.py", "--init_from", home / "pretrain", "--labelled", 4, *shared),
+    }
     lines["LoRA"] = *lines["finetune"][:5], "--lora_rank", 4, "--checkpointing", "true", *shared
     for name, line in lines.items():
         run(*line, home / name)
@@ -55,8 +58,10 @@ def test_two_processes_train_as_one(trained, tmp_path, name):
     home, lines, run = trained
     run(*TWO, *lines[name], tmp_path / "two")
     assert losses(tmp_path / "two") == pytest.approx(losses(home / name), abs=1e-4)
-    found, known = (load_file(common.latest(path) / "model.safetensors")
-                    for path in (tmp_path / "two", home / name))
+    found, known = (
+        load_file(common.latest(path) / "model.safetensors")
+        for path in (tmp_path / "two", home / name)
+    )
     assert all(torch.allclose(found[key], known[key], atol=1e-4) for key in known)
 
 
@@ -65,8 +70,9 @@ def test_one_process_resumes_two_and_two_one(trained, tmp_path, name):
     home, lines, run = trained
     for launch, steps in ((TWO, 8), ((), 14), (TWO, 20)):
         line = [steps if word == 20 else word for word in lines[name]]
-        run(*launch, *line, tmp_path / "out", "--resume", "true", "--accumulate", 2,
-            "--final_lr", 1)
+        run(
+            *launch, *line, tmp_path / "out", "--resume", "true", "--accumulate", 2, "--final_lr", 1
+        )
     run(*lines[name], tmp_path / "straight", "--final_lr", 1)
     assert losses(tmp_path / "out") == pytest.approx(losses(tmp_path / "straight"), abs=1e-5)
 
@@ -74,8 +80,9 @@ def test_one_process_resumes_two_and_two_one(trained, tmp_path, name):
 def train_rank(rank, folder, port):
     """20 steps of one of two ranks on random pairs, with replacements of dead codes"""
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    c = quantize.QuantizeConfig(data="", out="", **{
-        **quantize.PRESETS["tiny"], "batch": 8, "steps": 20, "warmup": 0})
+    c = quantize.QuantizeConfig(
+        data="", out="", **{**quantize.PRESETS["tiny"], "batch": 8, "steps": 20, "warmup": 0}
+    )
     processes = common.Processes()
     torch.manual_seed(0)
     net = LAQ(LAQConfig(**{name: getattr(c, name) for name in LAQConfig.__dataclass_fields__}))
@@ -104,15 +111,23 @@ def test_a_killed_rank_ends_the_other(trained, tmp_path):
     home, lines, _ = trained
     line = [100_000 if word == 20 else word for word in lines["quantize"]]
     words = [str(ROOT / word if str(word).endswith(".py") else word) for word in (*TWO, *line)]
-    launched = subprocess.Popen([sys.executable, *words, str(tmp_path / "out")], cwd=tmp_path,
-                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    launched = subprocess.Popen(
+        [sys.executable, *words, str(tmp_path / "out")],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     log, limit = tmp_path / "out/metrics.jsonl", time.time() + 120
     while not (log.is_file() and log.read_text()):
         assert time.time() < limit and launched.poll() is None
         time.sleep(0.2)
-    ranks = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit()
-             and f"--out\0{tmp_path}/out".encode() in read(p / "cmdline")
-             and b"torch.distributed.run" not in read(p / "cmdline")]
+    ranks = [
+        int(p.name)
+        for p in Path("/proc").iterdir()
+        if p.name.isdigit()
+        and f"--out\0{tmp_path}/out".encode() in read(p / "cmdline")
+        and b"torch.distributed.run" not in read(p / "cmdline")
+    ]
     assert len(ranks) == 2
     os.kill(ranks[1], signal.SIGKILL)
     assert launched.wait(timeout=60) != 0
@@ -171,10 +186,17 @@ def test_twenty_kills_lose_nothing(tmp_path):
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
 def test_signals_end_a_run_behind_its_step(trained, tmp_path, kind):
     home, lines, run = trained
-    line = [str(ROOT / w) if str(w).endswith(".py") else str(100_000 if w == 20 else w)
-            for w in lines["pretrain"]]
-    launched = subprocess.Popen([sys.executable, *line, str(tmp_path / "out")], cwd=tmp_path,
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    line = [
+        str(ROOT / w) if str(w).endswith(".py") else str(100_000 if w == 20 else w)
+        for w in lines["pretrain"]
+    ]
+    launched = subprocess.Popen(
+        [sys.executable, *line, str(tmp_path / "out")],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     log, limit = tmp_path / "out/metrics.jsonl", time.time() + 120
     while not (log.is_file() and log.read_text()):
         assert time.time() < limit and launched.poll() is None
@@ -199,8 +221,9 @@ def test_a_full_disk_leaves_the_last_checkpoint(trained, tmp_path):
     home, lines, run = trained
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=9m", "none", disk],
-                      capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=9m", "none", disk], capture_output=True
+    ).returncode:
         pytest.skip("cannot mount a small tmpfs")
     try:
         line = [*lines["quantize"], disk / "out", "--keep", 99, "--save_every", 1]

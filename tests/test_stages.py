@@ -1,5 +1,6 @@
 """The stages' own command lines, end to end on a budget of two steps, and what they refuse; what
 they share (options, checkpoints, resuming); the repository's own rules."""
+
 import errno
 import json
 import os
@@ -34,22 +35,33 @@ PRETRAIN = f"pretrain.py {SHORT} --data DIR/table --held_out 2 --init_from DIR/b
 FINETUNE = f"finetune.py {SHORT} --held_out 2 --labelled 6 --data DIR/table"
 LABELLED = "--laq DIR/laq --data DIR/table"
 WAVES = [  # what stands in one wave runs side by side
-    {"table": "data.py tabletop DIR/table --episodes 12",
-     "scenes": "data.py tabletop DIR/scenes --scenes 200 --seed 2"},
-    {"check": "data.py check DIR/table",
-     "laq": f"quantize.py {SHORT} --data DIR/table --out DIR/laq --held_out 2",
-     "base": f"pretrain.py {SHORT} --labels caption --data DIR/scenes --out DIR/base"},
-    {"label": f"quantize.py label {LABELLED} --out DIR/labels.safetensors",
-     "report": f"quantize.py report {LABELLED} --out DIR/report --held_out 2",
-     "latent": f"{PRETRAIN} --labels latent --laq DIR/laq --out DIR/latent",
-     "action": f"{PRETRAIN} --labels action --out DIR/action",
-     "idm": f"{PRETRAIN} --labels idm --labelled 6 --idm_steps 2 --out DIR/idm"},
-    {"LAPA": f"{FINETUNE} --init_from DIR/latent --out DIR/LAPA",
-     "SCRATCH": f"{FINETUNE} --init_from DIR/base --out DIR/SCRATCH",
-     "ACTIONVLA": f"{FINETUNE} --init_from DIR/action --out DIR/ACTIONVLA"},
-    {"evaluate": "evaluate.py --policies LAPA=DIR/LAPA,SCRATCH=DIR/SCRATCH,RANDOM=random,"
-                 "EXPERT=expert --out DIR/evaluate --episodes 5 --batch 3 --film 2 --max_steps 5"},
-    {"means": "evaluate.py table --results DIR/evaluate/results.json --out DIR/means/table.md"}]
+    {
+        "table": "data.py tabletop DIR/table --episodes 12",
+        "scenes": "data.py tabletop DIR/scenes --scenes 200 --seed 2",
+    },
+    {
+        "check": "data.py check DIR/table",
+        "laq": f"quantize.py {SHORT} --data DIR/table --out DIR/laq --held_out 2",
+        "base": f"pretrain.py {SHORT} --labels caption --data DIR/scenes --out DIR/base",
+    },
+    {
+        "label": f"quantize.py label {LABELLED} --out DIR/labels.safetensors",
+        "report": f"quantize.py report {LABELLED} --out DIR/report --held_out 2",
+        "latent": f"{PRETRAIN} --labels latent --laq DIR/laq --out DIR/latent",
+        "action": f"{PRETRAIN} --labels action --out DIR/action",
+        "idm": f"{PRETRAIN} --labels idm --labelled 6 --idm_steps 2 --out DIR/idm",
+    },
+    {
+        "LAPA": f"{FINETUNE} --init_from DIR/latent --out DIR/LAPA",
+        "SCRATCH": f"{FINETUNE} --init_from DIR/base --out DIR/SCRATCH",
+        "ACTIONVLA": f"{FINETUNE} --init_from DIR/action --out DIR/ACTIONVLA",
+    },
+    {
+        "evaluate": "evaluate.py --policies LAPA=DIR/LAPA,SCRATCH=DIR/SCRATCH,RANDOM=random,"
+        "EXPERT=expert --out DIR/evaluate --episodes 5 --batch 3 --film 2 --max_steps 5"
+    },
+    {"means": "evaluate.py table --results DIR/evaluate/results.json --out DIR/means/table.md"},
+]
 COMMANDS = {name: line for wave in WAVES for name, line in wave.items()}
 
 
@@ -86,12 +98,24 @@ def finite(value):
     return not isinstance(value, float) or np.isfinite(value)
 
 
-@pytest.mark.parametrize("path, keys", [
-    ("laq/report", "pairs codes_used perplexity psnr_above_copy psnr_lost_by_shuffling probe_r2"),
-    ("report/report", "pairs psnr probe_r2_shuffled"), ("laq/summary", "seconds"),
-    ("base/summary", "loss val_loss"), ("latent/summary", "loss val_loss accuracy"),
-    ("action/summary", "loss"), ("idm/summary", "loss"), ("LAPA/summary", "loss accuracy"),
-    ("SCRATCH/summary", "loss"), ("evaluate/results", "arms options")])
+@pytest.mark.parametrize(
+    "path, keys",
+    [
+        (
+            "laq/report",
+            "pairs codes_used perplexity psnr_above_copy psnr_lost_by_shuffling probe_r2",
+        ),
+        ("report/report", "pairs psnr probe_r2_shuffled"),
+        ("laq/summary", "seconds"),
+        ("base/summary", "loss val_loss"),
+        ("latent/summary", "loss val_loss accuracy"),
+        ("action/summary", "loss"),
+        ("idm/summary", "loss"),
+        ("LAPA/summary", "loss accuracy"),
+        ("SCRATCH/summary", "loss"),
+        ("evaluate/results", "arms options"),
+    ],
+)
 def test_figures_are_there_and_finite(runs, path, keys):
     found = json.loads((runs[0] / f"{path}.json").read_text())
     assert set(keys.split()) <= found.keys() and finite(found)
@@ -112,14 +136,28 @@ def test_pictures_film_and_labels(runs):
 
 def test_labels_are_made_in_the_precision_of_training(runs, inside, tmp_path, monkeypatch):
     made, label = [], LAQ.label
-    monkeypatch.setattr(LAQ, "label", lambda net, pair: (
-        made.append(torch.is_autocast_enabled("cpu")), label(net, pair))[1])
+    monkeypatch.setattr(
+        LAQ,
+        "label",
+        lambda net, pair: (made.append(torch.is_autocast_enabled("cpu")), label(net, pair))[1],
+    )
     line = f"quantize.py {SHORT} --data {runs[0]}/table --held_out 2 --bf16"
     for bf16 in ("true", "false"):
         out = tmp_path / bf16
         assert inside(*line.split(), bf16, "--out", out) == 0
-        assert inside("quantize.py", "label", "--laq", out, "--data", runs[0] / "table",
-                      "--out", f"{out}.safetensors") == 0
+        assert (
+            inside(
+                "quantize.py",
+                "label",
+                "--laq",
+                out,
+                "--data",
+                runs[0] / "table",
+                "--out",
+                f"{out}.safetensors",
+            )
+            == 0
+        )
         assert made and set(made) == {bf16 == "true"}
         one, two = load_file(out / "labels.safetensors"), load_file(f"{out}.safetensors")
         assert all(torch.equal(z, two[name]) for name, z in one.items())
@@ -127,8 +165,9 @@ def test_labels_are_made_in_the_precision_of_training(runs, inside, tmp_path, mo
 
 
 def test_finetuning_inherits_the_body_and_keeps_vision_frozen(runs):
-    base, latent, policy, action, kept = (weights(runs[0] / n) for n in (
-        "base", "latent", "LAPA", "action", "ACTIONVLA"))
+    base, latent, policy, action, kept = (
+        weights(runs[0] / n) for n in ("base", "latent", "LAPA", "action", "ACTIONVLA")
+    )
     for name in ("patch_embed.weight", "patch_position"):
         assert torch.equal(base[name], latent[name]) and torch.equal(base[name], policy[name])
     heads = lambda tensors: {name for name in tensors if name.endswith("n_head.weight")}
@@ -136,13 +175,16 @@ def test_finetuning_inherits_the_body_and_keeps_vision_frozen(runs):
     assert heads(policy) == {"action_head.weight"} and not heads(latent)
     for a, b, name in ((latent, policy, "norm.weight"), (action, kept, "action_head.weight")):
         assert 0 < (a[name] - b[name]).abs().max() < 5e-3  # two small steps, not a new tensor
-    bins = [weights(runs[0] / n, "config.json", lambda p: json.loads(p.read_text())["bins"])
-            for n in ("action", "ACTIONVLA", "LAPA")]
+    bins = [
+        weights(runs[0] / n, "config.json", lambda p: json.loads(p.read_text())["bins"])
+        for n in ("action", "ACTIONVLA", "LAPA")
+    ]
     assert bins[0] == bins[1] != bins[2]  # ACTIONVLA keeps its bins with its head
 
 
-@pytest.mark.parametrize("init, more", [("latent", ""), ("action", ""),
-                                        ("latent", " --bf16 true --checkpointing true")])
+@pytest.mark.parametrize(
+    "init, more", [("latent", ""), ("action", ""), ("latent", " --bf16 true --checkpointing true")]
+)
 def test_low_rank_finetuning_exports_merged_weights(runs, inside, tmp_path, init, more):
     line = f"{FINETUNE} --init_from DIR/{init} --lora_rank 2 --out {tmp_path}/lora{more}"
     assert inside(*line.replace("DIR", str(runs[0])).split()) == 0
@@ -160,8 +202,13 @@ def test_low_rank_finetuning_exports_merged_weights(runs, inside, tmp_path, init
     assert len(learned) == 4 * 7 * 2 + 1
     line = line.replace("DIR", str(runs[0])).replace("--lora_rank 2", "--resume true --steps 4")
     assert inside(*line.split()) == 2  # continued as another
-    assert inside(*f"evaluate.py --policies A={tmp_path}/lora --out {tmp_path}/e --episodes 2 "
-                  "--max_steps 2 --bf16 true".split()) == 0
+    assert (
+        inside(
+            *f"evaluate.py --policies A={tmp_path}/lora --out {tmp_path}/e --episodes 2 "
+            "--max_steps 2 --bf16 true".split()
+        )
+        == 0
+    )
 
 
 def test_evaluation_counts_every_policy_and_split(runs, inside, tmp_path):
@@ -171,8 +218,20 @@ def test_evaluation_counts_every_policy_and_split(runs, inside, tmp_path):
         p = row["success"] / 100
         assert row["n"] == 5 == sum(f["n"] for f in row["families"].values())
         assert row["se"] == pytest.approx(100 * (p * (1 - p) / 5) ** 0.5, abs=0.01)
-    assert inside("evaluate.py", "--policies", "E=expert", "--out", tmp_path, "--episodes", 40,
-                  "--film", 0) == 0
+    assert (
+        inside(
+            "evaluate.py",
+            "--policies",
+            "E=expert",
+            "--out",
+            tmp_path,
+            "--episodes",
+            40,
+            "--film",
+            0,
+        )
+        == 0
+    )
     arm = json.loads((tmp_path / "results.json").read_text())["arms"]["E"]
     assert arm["seen"]["success"] == arm["unseen"]["success"] == 100
 
@@ -235,7 +294,9 @@ REFUSALS = [
     ("evaluate.py --policies A=BAD/LAPA --out OUT", "BAD/LAPA"),
     ("evaluate.py --policies A=expert --splits hidden --out OUT", "hidden"),
     ("evaluate.py table --results DIR/none --out OUT", "--results DIR/none"),
-    ("data.py tabletop OUT --look grey", "look"), ("data.py tabletop DIR/table", "table exists")]
+    ("data.py tabletop OUT --look grey", "look"),
+    ("data.py tabletop DIR/table", "table exists"),
+]
 
 
 @pytest.mark.parametrize("line, words", REFUSALS, ids=[words for _, words in REFUSALS])
@@ -258,11 +319,15 @@ def test_a_finished_run_is_not_overwritten_nor_continued_as_another(runs, inside
         assert words in said and len(said) < 2000 and files() == before
 
 
-@pytest.mark.parametrize("name, option, value, said", [
-    ("laq", "heads", 2, "heads = 4, this run has 2"),
-    ("laq", "held_out", 3, "held_out = 2, this run has 3"),
-    ("latent", "template", "do {instruction}", "template = {instruction}, this run has do"),
-    ("LAPA", "shift", 0, "shift = 0.0625, this run has 0")])
+@pytest.mark.parametrize(
+    "name, option, value, said",
+    [
+        ("laq", "heads", 2, "heads = 4, this run has 2"),
+        ("laq", "held_out", 3, "held_out = 2, this run has 3"),
+        ("latent", "template", "do {instruction}", "template = {instruction}, this run has do"),
+        ("LAPA", "shift", 0, "shift = 0.0625, this run has 0"),
+    ],
+)
 def test_what_is_resumed_is_the_same_run(runs, inside, capsys, name, option, value, said):
     line = COMMANDS[name].replace("DIR", str(runs[0])).split()
     assert inside(*line, "--resume", "true", f"--{option}", value) == 2
@@ -307,12 +372,22 @@ def parse(line):
     return common.parse_options(Options, line.split(), PRESETS)
 
 
-@pytest.mark.parametrize("line, words", [
-    ("--out x --speed 3", "--speed"), ("--out x --steps 1.5", "--steps: '1.5'"),
-    ("--out x --rate fast", "--rate: 'fast'"), ("--out x --resume maybe", "--resume: 'maybe'"),
-    ("--out x --steps", "--steps: expected"), ("--out --steps 3", "--out: expected"),
-    ("--steps 3", "--out is required"), ("--out x --preset huge", "--preset 'huge'"), ("x", "'x'"),
-    ("--out x --steps -3", "--steps: '-3'"), ("--out x --rate nan", "--rate: 'nan'")])
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("--out x --speed 3", "--speed"),
+        ("--out x --steps 1.5", "--steps: '1.5'"),
+        ("--out x --rate fast", "--rate: 'fast'"),
+        ("--out x --resume maybe", "--resume: 'maybe'"),
+        ("--out x --steps", "--steps: expected"),
+        ("--out --steps 3", "--out: expected"),
+        ("--steps 3", "--out is required"),
+        ("--out x --preset huge", "--preset 'huge'"),
+        ("x", "'x'"),
+        ("--out x --steps -3", "--steps: '-3'"),
+        ("--out x --rate nan", "--rate: 'nan'"),
+    ],
+)
 def test_wrong_options_are_refused_by_name(capsys, line, words):
     with pytest.raises(SystemExit) as stop:
         parse(line)
@@ -335,8 +410,12 @@ def test_help_lists_every_option_with_its_comment(capsys):
         parse("--help")
     said = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0
-    for words in ("--out required where to write", "--rate 0.5 learning rate, at its peak",
-                  "--resume False continue", "preset large: --steps 1000 --rate 0.1"):
+    for words in (
+        "--out required where to write",
+        "--rate 0.5 learning rate, at its peak",
+        "--resume False continue",
+        "preset large: --steps 1000 --rate 0.1",
+    ):
         assert words in said
 
 
@@ -390,8 +469,12 @@ def test_checkpoints_are_whole_pointed_at_and_pruned(tmp_path, capsys):
         net.weight.data.fill_(step)
         run.save(step)
         assert common.latest(out).name == f"step_0000000{step}"
-    assert sorted(p.name for p in out.iterdir()) == ["latest", "metrics.jsonl", "step_00000002",
-                                                     "step_00000004"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "latest",
+        "metrics.jsonl",
+        "step_00000002",
+        "step_00000004",
+    ]
     for path in (out, out / "step_00000004"):
         tensors, meta = common.load_checkpoint(path, "laq", ("quantize",))
         assert tensors["weight"][:].tolist() == [[4, 4]] and meta["step"] == 4
@@ -402,6 +485,7 @@ def test_checkpoints_are_whole_pointed_at_and_pruned(tmp_path, capsys):
             common.load_checkpoint(out, "laq", stage)
         said = capsys.readouterr().err
         assert stop.value.code == 2 and f"--laq {out}" in said and words in said
+
     refused("'quantize', expected finetune", ("finetune",))
     (out / "step_00000004/config.json").write_text("{")
     refused("unreadable")
@@ -409,30 +493,42 @@ def test_checkpoints_are_whole_pointed_at_and_pruned(tmp_path, capsys):
     refused("no checkpoint")
 
 
-@pytest.mark.parametrize("line", [
-    "quantize.py --data DIR/table --held_out 2 --preset tiny", f"{PRETRAIN} --laq DIR/laq",
-    f"{FINETUNE} --init_from DIR/latent", f"{FINETUNE} --init_from DIR/latent --lora_rank 2"],
-    ids=["quantize", "pretrain", "finetune", "LoRA"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "quantize.py --data DIR/table --held_out 2 --preset tiny",
+        f"{PRETRAIN} --laq DIR/laq",
+        f"{FINETUNE} --init_from DIR/latent",
+        f"{FINETUNE} --init_from DIR/latent --lora_rank 2",
+    ],
+    ids=["quantize", "pretrain", "finetune", "LoRA"],
+)
 def test_resuming_changes_nothing(runs, inside, tmp_path, line):
     """4 steps in one go equal a run that was killed after its checkpoint of step 2 and resumed."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    line = line.replace("DIR", str(runs[0])).split() + \
-        "--steps 4 --batch 8 --save_every 2 --log_every 1 --keep 2 --resume true --out".split()
+    line = (
+        line.replace("DIR", str(runs[0])).split()
+        + "--steps 4 --batch 8 --save_every 2 --log_every 1 --keep 2 --resume true --out".split()
+    )
     assert inside(*line, whole) == 0
     shutil.copytree(whole / "step_00000002", killed / "step_00000002")
     shutil.copy(whole / "metrics.jsonl", killed)  # it had logged more than it had saved
     (killed / "latest").write_text("step_00000002\n")
     assert inside(*line, killed) == 0
-    early, one, two = (load_file(p / "model.safetensors") for p in (
-        whole / "step_00000002", whole / "step_00000004", killed / "step_00000004"))
+    early, one, two = (
+        load_file(p / "model.safetensors")
+        for p in (whole / "step_00000002", whole / "step_00000004", killed / "step_00000004")
+    )
     assert any(not torch.equal(w, early[name]) for name, w in one.items())
     assert all(torch.equal(w, two[name]) for name, w in one.items())
     one, two = (training_state(run / "step_00000004")["optimizer"] for run in (whole, killed))
     assert one["state"].keys() <= two["state"].keys() and one["state"]
     for key, state in one["state"].items():
         assert all(torch.equal(v, two["state"][key][k]) for k, v in state.items())
-    one, two = ([json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
-                for run in (whole, killed))
+    one, two = (
+        [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (whole, killed)
+    )
     assert [row["step"] for row in two] == [1, 2, 3, 4]
     assert [row["loss"] for row in one] == [row["loss"] for row in two]
 
@@ -442,21 +538,39 @@ def test_a_second_run_into_a_folder_in_use_is_refused(runs, start, tmp_path):
     """Also before there is a checkpoint, and when it would resume"""
     run, _ = make_run(tmp_path / "run")
     for more in ((), ("--resume", "true")):
-        done = start("quantize.py", "--data", runs[0] / "table", "--out", tmp_path / "run",
-                     "--preset", "tiny", "--steps", 2, "--held_out", 2, *more)
+        done = start(
+            "quantize.py",
+            "--data",
+            runs[0] / "table",
+            "--out",
+            tmp_path / "run",
+            "--preset",
+            "tiny",
+            "--steps",
+            2,
+            "--held_out",
+            2,
+            *more,
+        )
         assert done.returncode == 2 and "another run is writing into this folder" in done.stderr
     run.log.close()
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["metrics.jsonl"]
 
 
-@pytest.mark.parametrize("error", [
-    CheckpointException("save", {0: (OSError(errno.ENOSPC, "No space left on device"), None)}),
-    RuntimeError("unexpected pos 64 vs 0")], ids=["several processes'", "torch's"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        CheckpointException("save", {0: (OSError(errno.ENOSPC, "No space left on device"), None)}),
+        RuntimeError("unexpected pos 64 vs 0"),
+    ],
+    ids=["several processes'", "torch's"],
+)
 def test_a_full_disk_is_named_whatever_hides_it(tmp_path, monkeypatch, capsys, error):
     error.__context__ = OSError(errno.ENOSPC, "No space left on device")
 
     def full(*args, **named):
         raise error
+
     run, _ = make_run(tmp_path / "run")
     monkeypatch.setattr(common.dcp, "save", full)
     with pytest.raises(SystemExit) as stop:
@@ -465,13 +579,19 @@ def test_a_full_disk_is_named_whatever_hides_it(tmp_path, monkeypatch, capsys, e
     assert stop.value.code == 2 and "No space left on device" in said and said.count("\n") == 1
 
 
-@pytest.mark.parametrize("draw", [
-    lambda path: quantize.contact_sheet({"x": torch.zeros(2, 3, 8, 8)}, path),
-    lambda path: evaluate.draw_film(
-        {"a": (np.zeros((1, 2, 8, 8, 3), np.uint8), ["x"], [True])}, path)])
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda path: quantize.contact_sheet({"x": torch.zeros(2, 3, 8, 8)}, path),
+        lambda path: evaluate.draw_film(
+            {"a": (np.zeros((1, 2, 8, 8, 3), np.uint8), ["x"], [True])}, path
+        ),
+    ],
+)
 def test_a_picture_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys, draw):
     def full(self, *args, **named):
         raise OSError(errno.ENOSPC, "No space left on device")
+
     monkeypatch.setattr(Image.Image, "save", full)
     with pytest.raises(SystemExit) as stop:
         draw(tmp_path / "x.gif")
@@ -484,15 +604,24 @@ def test_a_dimension_that_never_moves_leaves_valid_json(runs, inside, tmp_path, 
     still = shutil.copytree(runs[0] / "table", tmp_path / "still")
     for path in (still / "actions").iterdir():
         np.save(path, np.load(path) * np.float32([0, 1]))
-    assert inside(*f"quantize.py {SHORT} --held_out 2".split(), "--data", still, "--out",
-                  tmp_path / "q") == 0
+    assert (
+        inside(
+            *f"quantize.py {SHORT} --held_out 2".split(), "--data", still, "--out", tmp_path / "q"
+        )
+        == 0
+    )
     line = f"pretrain.py {SHORT} --labels idm --labelled 6 --idm_steps 2 --held_out 2"
-    assert inside(*line.split(), "--data", still, "--init_from", runs[0] / "base", "--out",
-                  tmp_path / "p") == 0
+    assert (
+        inside(
+            *line.split(), "--data", still, "--init_from", runs[0] / "base", "--out", tmp_path / "p"
+        )
+        == 0
+    )
     assert "held-out episodes: [None, " in capsys.readouterr().out
 
     def refuse(word):
         raise AssertionError(f"{word} is no JSON")
+
     for path in tmp_path.rglob("*.json*"):
         text = path.read_text()
         for text in text.splitlines() if path.suffix == ".jsonl" else [text]:
@@ -512,23 +641,32 @@ def test_other_alphabets_under_an_old_locale(runs, tmp_path):
     """Checkpoints, labels and output, in a process whose own encoding is ASCII"""
     words = shutil.copytree(runs[0] / "table", tmp_path / "öffne")
     text = (words / "episodes.jsonl").read_text(encoding="utf-8")
-    rows = [{**json.loads(line), "instruction": "öffne 打开抽屉"}
-            for line in text.splitlines()]
+    rows = [{**json.loads(line), "instruction": "öffne 打开抽屉"} for line in text.splitlines()]
     for i, row in enumerate(rows):
         (words / row["video"]).rename(words / f"videos/bär{i}.npy")
         row["video"] = f"videos/bär{i}.npy"
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (words / "episodes.jsonl").write_text(lines, encoding="utf-8")
     (words / "tokenizer.json").unlink()
-    env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0",
-           "LAPA_CACHE": str(tmp_path / "cache")}
+    env = {
+        **os.environ,
+        "LC_ALL": "C",
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+        "LAPA_CACHE": str(tmp_path / "cache"),
+    }
     pretrain_line = f"pretrain.py {SHORT} --held_out 2 --labels action"
-    for line, more in ((pretrain_line, ("--out", tmp_path / "p")),
-                       (f"{FINETUNE.partition(' --data')[0]}",
-                        ("--init_from", tmp_path / "p", "--out", tmp_path / "f"))):
+    for line, more in (
+        (pretrain_line, ("--out", tmp_path / "p")),
+        (
+            f"{FINETUNE.partition(' --data')[0]}",
+            ("--init_from", tmp_path / "p", "--out", tmp_path / "f"),
+        ),
+    ):
         line = [sys.executable, *line.split(), "--data", words, *more]
-        done = subprocess.run([str(word).encode() for word in line], cwd=ROOT, env=env,
-                              capture_output=True)
+        done = subprocess.run(
+            [str(word).encode() for word in line], cwd=ROOT, env=env, capture_output=True
+        )
         assert done.returncode == 0, done.stderr
     tokenizer = data.read_tokenizer(tmp_path / "f")
     known = tokenizer.encode("öffne 打开抽屉", add_special_tokens=False)
@@ -537,8 +675,17 @@ def test_other_alphabets_under_an_old_locale(runs, tmp_path):
 
 def test_words_that_a_terminal_cannot_show_do_not_end_a_run(start, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
-    done = start("evaluate.py", "--policies", "RANDOM=random", "--episodes", 2, "--film", 0,
-                 "--out", tmp_path / "e")
+    done = start(
+        "evaluate.py",
+        "--policies",
+        "RANDOM=random",
+        "--episodes",
+        2,
+        "--film",
+        0,
+        "--out",
+        tmp_path / "e",
+    )
     assert done.returncode == 0 and "\\xb1" in done.stdout
     assert "±" in (tmp_path / "e/results.md").read_text(encoding="utf-8")
 
@@ -546,16 +693,20 @@ def test_words_that_a_terminal_cannot_show_do_not_end_a_run(start, tmp_path, mon
 def test_the_same_file_spelled_otherwise_is_resumed(runs, inside, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(runs[0])
     line = [*f"pretrain.py {SHORT} --held_out 2 --labels latent".split(), "--out", tmp_path / "p"]
-    spelled = ["--data table --laq laq --latents laq/labels.safetensors --init_from base",
-               f"--data ./table/ --laq {runs[0]}/laq/ --latents ./laq/labels.safetensors "
-               f"--init_from {runs[0]}/base"]
+    spelled = [
+        "--data table --laq laq --latents laq/labels.safetensors --init_from base",
+        f"--data ./table/ --laq {runs[0]}/laq/ --latents ./laq/labels.safetensors "
+        f"--init_from {runs[0]}/base",
+    ]
     assert inside(*line, *spelled[0].split()) == 0
     assert inside(*line, *spelled[1].split(), "--resume", "true", "--steps", 3) == 0
     assert "resuming" in capsys.readouterr().out
     shutil.copy(common.latest(runs[0] / "laq") / "config.json", tmp_path)
     changed = tmp_path / "changed.safetensors"
-    labels, meta = data.load_labels(runs[0] / "laq/labels.safetensors",
-                                    *(lambda d: (d, d.episodes))(data.open_dataset("table", 64)))
+    labels, meta = data.load_labels(
+        runs[0] / "laq/labels.safetensors",
+        *(lambda d: (d, d.episodes))(data.open_dataset("table", 64)),
+    )
     ids = [e.id for e in data.open_dataset("table", 64).episodes]
     data.save_labels(changed, {name: 7 - rows for name, rows in zip(ids, labels)}, meta)
     other = spelled[1].replace("./laq/labels.safetensors", str(changed))
@@ -576,23 +727,49 @@ def test_bins_do_not_change_under_a_run(runs, inside, tmp_path, capsys):
 
 def test_a_policy_may_lie_in_a_folder_with_a_comma(runs, inside, tmp_path):
     shutil.copytree(runs[0] / "LAPA", tmp_path / "a,b")
-    assert inside("evaluate.py", "--policies", f"A={tmp_path}/a,b,B=random", "--episodes", 2,
-                  "--max_steps", 1, "--film", 0, "--out", tmp_path / "e") == 0
+    assert (
+        inside(
+            "evaluate.py",
+            "--policies",
+            f"A={tmp_path}/a,b,B=random",
+            "--episodes",
+            2,
+            "--max_steps",
+            1,
+            "--film",
+            0,
+            "--out",
+            tmp_path / "e",
+        )
+        == 0
+    )
 
 
 def test_compiling_without_a_compiler_is_one_line(runs, start, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "/nonexistent")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
-    done = start(*f"quantize.py {SHORT} --compile true --held_out 2".split(), "--data",
-                 runs[0] / "table", "--out", tmp_path / "q")
+    done = start(
+        *f"quantize.py {SHORT} --compile true --held_out 2".split(),
+        "--data",
+        runs[0] / "table",
+        "--out",
+        tmp_path / "q",
+    )
     assert done.returncode == 2 and done.stderr.count("error: ") == 1
     assert done.stderr.splitlines()[-1].startswith("error: --compile: torch.compile does not work")
     assert "Traceback" not in done.stderr and not (tmp_path / "q/latest").exists()
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
-@pytest.mark.parametrize("data_folder, out", [("my films", "runs/x"), ("films", "my runs/a (1)"),
-                                              ("it's", "runs/x"), ("a & b", "runs/12:30")])
+@pytest.mark.parametrize(
+    "data_folder, out",
+    [
+        ("my films", "runs/x"),
+        ("films", "my runs/a (1)"),
+        ("it's", "runs/x"),
+        ("a & b", "runs/12:30"),
+    ],
+)
 def test_make_takes_folders_with_blanks(tmp_path, data_folder, out):
     shutil.copy(ROOT / "Makefile", tmp_path)
     (tmp_path / ".venv/bin").mkdir(parents=True)
@@ -603,10 +780,12 @@ def test_make_takes_folders_with_blanks(tmp_path, data_folder, out):
     (tmp_path / data_folder / "episodes.jsonl").touch()
     said = tmp_path / "said"
     python = tmp_path / ".venv/bin/python"  # says what it was given, one word a line, and makes it
-    python.write_text(f'#!{sys.executable}\nimport pathlib, sys\nwords = sys.argv[1:]\n'
-                      f'open({str(said)!r}, "a").write("\\n".join(words) + "\\n")\n'
-                      'out = pathlib.Path(words[words.index("--out") + 1])\n'
-                      'out.mkdir(parents=True)\n(out / "summary.json").touch()\n')
+    python.write_text(
+        f"#!{sys.executable}\nimport pathlib, sys\nwords = sys.argv[1:]\n"
+        f'open({str(said)!r}, "a").write("\\n".join(words) + "\\n")\n'
+        'out = pathlib.Path(words[words.index("--out") + 1])\n'
+        'out.mkdir(parents=True)\n(out / "summary.json").touch()\n'
+    )
     python.chmod(0o755)
     command = ["make", "quantize", "pretrain", "finetune", f"DATA={data_folder}", f"OUT={out}"]
     for _ in range(2):
@@ -615,16 +794,21 @@ def test_make_takes_folders_with_blanks(tmp_path, data_folder, out):
     words = said.read_text().splitlines()
     assert [w for w in words if w.endswith(".py")] == ["quantize.py", "pretrain.py", "finetune.py"]
     assert words.count(data_folder) == 3 and words.count(f"{out}/quantize") == 2
-    missing = subprocess.run([*command[:2], "DATA=no films"], cwd=tmp_path, capture_output=True,
-                             text=True)
+    missing = subprocess.run(
+        [*command[:2], "DATA=no films"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert missing.returncode == 2 and "no films: no dataset there" in missing.stderr
 
 
 def test_product_files_are_short():
     lines = {path.name: path.read_text().splitlines() for path in ROOT.glob("*.py")}
     assert max(map(len, lines.values())) <= 700
-    assert [f"{name}:{n}" for name, text in lines.items()
-            for n, line in enumerate(text, 1) if len(line) > 100] == []
+    assert [
+        f"{name}:{n}"
+        for name, text in lines.items()
+        for n, line in enumerate(text, 1)
+        if len(line) > 100
+    ] == []
 
 
 def test_the_readme_tells_how_long_the_files_are_and_links_what_is_there():

@@ -1,4 +1,5 @@
 """The built-in table top: reproducible, solvable by its expert, honest about what it shows."""
+
 import numpy as np
 import pytest
 
@@ -16,6 +17,7 @@ def test_the_same_seed_gives_the_same_episodes_bit_for_bit(embodiment, look):
         while not env.done.all():
             seen.append(env.step(env.expert(0.3))[0])
         return seen
+
     first, again = play(env, 7), play(env, 7)
     other = play(TableTop(6, embodiment, look, size=48), 7)
     assert len(first) == len(other) == len(again) > 5
@@ -41,14 +43,19 @@ def test_the_expert_succeeds_and_noise_does_not(family, embodiment):
 
 
 def test_looks_differ():
-    plain, human, real = (TableTop(4, *k).reset(5)[0]["image"].astype(int)
-                          for k in (("robot",), ("human",), ("robot", "real")))
+    plain, human, real = (
+        TableTop(4, *k).reset(5)[0]["image"].astype(int)
+        for k in (("robot",), ("human",), ("robot", "real"))
+    )
     assert np.abs(plain - human).mean() > 10 and np.abs(plain - real).mean() > 10
     assert [len(np.unique(images[:, 1, 1], axis=0)) for images in (plain, real)] == [1, 4]
 
 
-@pytest.mark.parametrize("action", [np.zeros((3, 2)), np.zeros(2), np.zeros((2, 3)),
-                                    np.array([[0, np.nan], [0, 0]])], ids=str)
+@pytest.mark.parametrize(
+    "action",
+    [np.zeros((3, 2)), np.zeros(2), np.zeros((2, 3)), np.array([[0, np.nan], [0, 0]])],
+    ids=str,
+)
 def test_wrong_actions_are_refused(action):
     env = TableTop(2, size=8)
     env.reset(0)
