@@ -48,11 +48,11 @@ setup: .venv/ready
 # ------------------------------------------------------------------ data
 data: data/tabletop/episodes.jsonl data/scenes/episodes.jsonl
 data/tabletop/episodes.jsonl: | .venv/ready
-	$(PY) data.py tabletop data/tabletop --seed 0
+	$(PY) -m simulators.tabletop data/tabletop --seed 0
 data/human/episodes.jsonl: | .venv/ready
-	$(PY) data.py tabletop data/human --embodiment human --seed 1
+	$(PY) -m simulators.tabletop data/human --embodiment human --seed 1
 data/scenes/episodes.jsonl: | .venv/ready
-	$(PY) data.py tabletop data/scenes --scenes 12000 --seed 2
+	$(PY) -m simulators.tabletop data/scenes --scenes 12000 --seed 2
 ifeq ($(BUILTIN),)
 $(D)/episodes.jsonl:
 	@echo error: $(call quote,$(DATA)): no dataset there, expected $(call quote,$@) >&2; exit 2

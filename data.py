@@ -1,8 +1,6 @@
 """Episodes on disk -> frames, windows, token sequences and action bins.
 
-    python data.py check DATASET                       every defect at once
-    python data.py tabletop data/tabletop              make the built-in dataset
-    python data.py tabletop data/scenes --scenes 12000 still scenes with captions
+    python data.py check DATASET    every defect at once
 
 A dataset is a folder with `episodes.jsonl`, one episode a line:
     id           unique name                      instruction  what the robot or person was told
@@ -18,31 +16,25 @@ import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from statistics import mode
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from safetensors.torch import save_file
 from tqdm import tqdm
 
-import tabletop
 import video
 from common import (
     atomically,
     fail,
     is_main_process,
     latest,
-    load_strictly,
     matching,
-    parse_options,
     refuse,
     to_json,
 )
-from model import ACTION, END_OF_IMAGE, LATENT, TEXT, VISION, VQGAN, VQGANConfig
 from video import how_resampled, official_resize, resize
 
 
@@ -146,7 +138,7 @@ def _read_rows(index):
             row = None
         if not isinstance(row, dict):
             problems.append(f"{index}: line {number}: expected one JSON object")
-        elif not _is_text(row.get("id")):
+        elif not is_text(row.get("id")):
             problems.append(f"{index}: line {number}: field id: expected a name")
         elif row["id"] in rows:
             problems.append(f"{index}: episode {row['id']!r}: field id: duplicate (line {number})")
@@ -177,7 +169,7 @@ def _look_at_videos(root, rows):
     return sources, missing
 
 
-def _is_text(value):
+def is_text(value):
     """Whether a JSON value is text that can be written; half of a surrogate pair cannot"""
     return isinstance(value, str) and value.strip() and not re.search("[\ud800-\udfff]", value)
 
@@ -210,7 +202,7 @@ def _load_episode(root, row, pack, source, bad_video, actions_needed):
             )
     elif actions_needed:
         bad.append("actions: missing, and this stage needs labelled episodes")
-    if not _is_text(instruction):
+    if not is_text(instruction):
         bad.append(f"instruction: expected words, found {instruction!r}")
     if fps is None and not bad_video:
         bad.append("fps: expected frames per second, found None, and the video does not say")
@@ -259,30 +251,16 @@ def to_float(frames, device=torch.device("cpu")):
     return x.movedim(-1, -3).float() / 255
 
 
-def load_vqgan(path, option, device, shape):
-    """The image tokenizer beside a VLA of that shape (its config) -> VQGAN, frozen, with its `file`
-    on disk; None for a VLA that reads linear patches.  Refuses one that reads no images."""
-    folder, patch = latest(path), shape["patch_size"]
-    if not patch:
-        fail(f"--{option} {folder}: a model of text alone, it reads no images")
+def open_vqgan(path, option, device, shape):
+    """The image tokenizer beside a VLA of that shape (its config): see official/vqgan.py.  None for
+    a VLA that reads linear patches.  Refuses one that reads no images."""
+    if not shape["patch_size"]:
+        fail(f"--{option} {latest(path)}: a model of text alone, it reads no images")
     if not shape["vision_vocab"]:
         return None
-    with refuse(
-        f"--{option} {folder}: expected a VQGAN, as convert.py puts it beside a model",
-        (KeyError, TypeError, OSError, ValueError, SafetensorError),
-    ):
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        vqgan = VQGAN(VQGANConfig(**config["vqgan"]))
-        vqgan.file = folder / "vqgan.safetensors"
-        vqgan.mark = hashlib.sha256(vqgan.file.read_bytes()).hexdigest()[:12]
-        load_strictly(vqgan, load_file(vqgan.file))
-        found = 2 ** (len(vqgan.config.multipliers) - 1), vqgan.config.codebook_size
-        if found[0] != patch or not found[1] <= END_OF_IMAGE < shape["vision_vocab"]:
-            raise ValueError(
-                f"{found[1]} codes for {found[0]} pixels each do not fit a model of "
-                f"{shape['vision_vocab']} for {patch}"
-            )
-    return vqgan.to(device).eval()
+    from official.vqgan import load_vqgan  # only models that read codes need it
+
+    return load_vqgan(path, option, device, shape)
 
 
 def add_codes(dataset, episodes, vqgan, processes, most=1 << 16):
@@ -325,25 +303,6 @@ def _write_codes(pack, fresh):
             for key, codes in fresh.items():
                 if key not in pack.entries:
                     pack.append(key, [codes.tobytes()])
-
-
-def put_codes(tokens, kinds, codes):
-    """tokens, kinds [B, L], codes [B, N] -> tokens with codes and END_OF_IMAGE where vision is"""
-    image = torch.cat((codes, torch.full_like(codes[:, :1], END_OF_IMAGE)), dim=1)
-    vision = kinds == VISION
-    return torch.where(vision, image.gather(1, (vision.cumsum(1) - 1).clamp(min=0)), tokens)
-
-
-def augment(batch, share, vqgan, *part):
-    """Move a batch's pictures by random offsets (wherever a camera looks, the motion is the same);
-    a VQGAN then reads them anew.  At share 0 the batch as it is; part: see random_shift."""
-    if not share:
-        return batch
-    images = random_shift(batch["images"], share, *part)
-    if vqgan is None:
-        return {**batch, "images": images}
-    codes = vqgan.encode(images)
-    return {**batch, "images": None, "tokens": put_codes(batch["tokens"], batch["kinds"], codes)}
 
 
 # ------------------------------------------------------------------------ windows and batches
@@ -565,245 +524,17 @@ def from_bins(indices, edges):
     return np.stack(columns, -1)
 
 
-# ------------------------------------------------------------------------ words and sequences
-PAD, BOS, EOS = 0, 1, 2
-OFFICIAL_TEMPLATE = (
-    "<s> You are a helpful assistant. USER: What action should the robot take to "
-    "`{instruction}` ASSISTANT:"
-)
-TAGS = {LATENT: ("<delta>", "</delta>"), ACTION: ("<action>", "</action>"), TEXT: ("", "")}
-SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<vision>", "</vision>", *TAGS[LATENT], *TAGS[ACTION]]
-
-
-def train_tokenizer(texts):
-    """A word-level tokenizer over all words of `texts`, lower case; tags are words of their own"""
-    tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.WordLevelTrainer(special_tokens=SPECIAL, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
-
-
-def dataset_tokenizer(dataset):
-    """DATASET/tokenizer.json where there is one, else words of the dataset's own instructions"""
-    if (dataset.path / "tokenizer.json").is_file():
-        return read_tokenizer(dataset.path)
-    return train_tokenizer(
-        [
-            text
-            for e in dataset.episodes
-            for text in (e.instruction, *(e.info.get("captions") or ()))
-        ]
-    )
-
-
-def read_tokenizer(folder):
-    """tokenizer.json of a dataset or of a checkpoint of stage 2 or 3, in the library's format"""
-    path = latest(folder) / "tokenizer.json"
-    with refuse(f"{path}: no tokenizer", Exception):  # the library raises nothing more precise
-        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
-
-
-def opening_tags(tokenizer):
-    """Vocabulary -> the token behind which its answers begin; refuses a tokenizer that spells it"""
-    tags = {kind: tokenizer.token_to_id(TAGS[kind][0]) for kind in (LATENT, ACTION)}
-    if None in tags.values():
-        fail("--like_tag: the tokenizer has no token for <delta> or <action>")
-    return tags
-
-
-class NoKnownWord(ValueError):
-    """Text that a tokenizer cannot read"""
-
-
-class Sequences:
-    """Instruction + image + answer -> one row of tokens (official layout, docs/formats.md).
-
-    bos, text, <vision> image </vision>, <delta> codes </delta>, eos.  An answer is latent codes
-    (`<delta>`), action bins (`<action>`) or plain text (a caption, no tags).  `length`: cut or pad
-    training rows to it (0: pad to the longest); official_cut moves their mask one step too far."""
-
-    def __init__(
-        self, tokenizer, image_tokens, template="{instruction}", length=0, official_cut=False
-    ):
-        self.tokenizer, self.image_tokens, self.template = tokenizer, image_tokens, template
-        self.length, self.official_cut = length, official_cut
-        self.said = set()  # unknown words that have been named
-        self.words = lru_cache(maxsize=65536)(
-            lambda text: tokenizer.encode(text, add_special_tokens=False).ids if text else []
-        )
-        with refuse("--template: expected words around {instruction}", (ValueError, LookupError)):
-            template.format(instruction="\0").index("\0")
-
-    def prompt(self, instruction, kind):
-        """-> (tokens, kinds) up to where the answer begins"""
-        opening = [
-            BOS,
-            *self.words(self.template.format(instruction=instruction)),
-            *self.words("<vision>"),
-        ]
-        closing = [*self.words("</vision>"), *self.words(TAGS[kind][0])]
-        return opening + [0] * self.image_tokens + closing, [TEXT] * len(opening) + [
-            VISION
-        ] * self.image_tokens + [TEXT] * len(closing)
-
-    def unknown_words(self, text, tags=False):
-        """-> the words of a text that the tokenizer reads as <unk>; whether it knows any other.
-        Raises NoKnownWord for text that is none or, unless `tags`, holds a token of control."""
-        if not _is_text(text):
-            raise NoKnownWord(f"expected words, found {text!r}")
-        encoding = self.tokenizer.encode(text, add_special_tokens=False)
-        unknown, known = [], False
-        for token, (start, end) in zip(encoding.tokens, encoding.offsets):
-            word = text[start:end]
-            if token == "<unk>":
-                unknown.append(word)
-            elif token in SPECIAL and not tags:
-                raise NoKnownWord(f"{text!r} holds {token}, which is no word")
-            elif re.search(r"\w", word):
-                known = True
-        return unknown, known
-
-    def check(self, episodes, answers, kind):
-        """Before training: refuse a dataset of which the tokenizer knows no word, and rows that
-        `length` leaves without an answer; say once what words are unknown and what rows are cut.
-
-        answers: of each episode an int array [T, n], or T captions"""
-        if self.length:
-            self.check_length(episodes, answers, kind)
-        self.check_words([e.instruction for e in episodes])
-        if kind == TEXT:
-            captions = [text for rows in answers for text in rows if text.strip()]
-            self.check_words(captions, tags=True)
-
-    def check_length(self, episodes, answers, kind):
-        lost, needed, cut, first = [], 0, 0, None
-        for e, rows in zip(episodes, answers):
-            prompt = len(self.prompt(e.instruction, kind)[0])
-            if kind == TEXT:  # the end of text is part of a caption
-                counts = np.array([len(self.words(caption)) + 1 for caption in rows])
-                whole = prompt + counts
-            else:
-                counts = np.full(len(rows), rows.shape[1])
-                whole = prompt + counts + len(self.words(TAGS[kind][1])) + 1
-            needed = max(needed, whole.max() - 1)  # the first token is no target
-            if prompt + self.official_cut > self.length:  # whose mask ends one token earlier
-                lost.append(e.id)
-            elif count := int((whole > self.length + 1).sum()):
-                cut, first = cut + count, first or e.id
-        if lost:
-            more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
-            fail(
-                f"--length {self.length}: no room for an answer after the prompt of episodes "
-                f"{', '.join(map(repr, lost[:3]))}{more} (whole rows take up to {needed} tokens)"
-            )
-        if cut and is_main_process():
-            print(
-                f"--length {self.length} cuts the end of {cut} rows (first: episode {first!r}; "
-                f"whole rows take up to {needed} tokens)"
-            )
-
-    def check_words(self, texts, tags=False):
-        """Say once which words the tokenizer does not know.  Raises NoKnownWord if it knows none"""
-        unknown, any_known = {}, False
-        for text in dict.fromkeys(texts):
-            words, known = self.unknown_words(text, tags)
-            unknown.update(dict.fromkeys(words))
-            any_known = any_known or known
-        if not any_known:
-            text = next(iter(texts), "")
-            shown = repr(text if len(text) < 60 else text[:60] + " ..")
-            raise NoKnownWord(f"the tokenizer knows none of the words in {shown}")
-        fresh = [repr(word) for word in unknown if word not in self.said]
-        self.said.update(unknown)
-        if fresh and is_main_process():
-            more = f" and {len(fresh) - 10} more" if len(fresh) > 10 else ""
-            print(f"words unknown to the tokenizer (read as <unk>): {', '.join(fresh[:10])}{more}")
-
-    def rows(self, instructions, answers, kind, codes=None):
-        """Training rows, right-padded (with id 1, as official) and shifted by one.
-
-        answers: int [B, n] codes or bins, or B strings; codes: int64 [B, N] of the images.  ->
-        tensors [B, L]: tokens, kinds (inputs), targets, target_kinds, mask (answer, tags, eos)."""
-        opening, closing = (self.words(tag) for tag in TAGS[kind])
-        built = []
-        for instruction, answer in zip(instructions, answers):
-            tokens, kinds = self.prompt(instruction, kind)
-            begin = len(tokens) - len(opening)
-            answer = self.words(answer) if kind == TEXT else [int(a) for a in answer]
-            tokens = tokens + answer + closing + [EOS]
-            kinds = kinds + [kind] * len(answer) + [TEXT] * (len(closing) + 1)
-            mask = [0] * begin + [1] * (len(tokens) - begin)
-            if self.official_cut and len(tokens) > self.length + 1:
-                mask[: self.length + 1] = mask[1 : self.length + 1] + [0]
-            # The last token, which no input needs, is padding there.
-            built.append(torch.tensor([tokens[:-1] + [BOS], tokens, kinds, mask]))
-        length = self.length + 1 if self.length else max(row.shape[1] for row in built)
-        full = torch.tensor([BOS, BOS, TEXT, 0])[:, None, None].repeat(1, len(built), length)
-        for i, row in enumerate(built):
-            full[:, i, : row.shape[1]] = row[:, :length]
-        if codes is not None:
-            full[:2] = put_codes(full[:2], full[2], codes)
-        inputs, targets, kinds, mask = full
-        return {
-            "tokens": inputs[:, :-1],
-            "kinds": kinds[:, :-1],
-            "targets": targets[:, 1:],
-            "target_kinds": kinds[:, 1:],
-            "mask": mask[:, 1:].bool(),
-        }
-
-    def batch(self, episodes, answers, kind, which, device):
-        """`rows` of frames which [(episode index, t), ..], with their codes or else their pictures:
-        images float [B, 3, S, S] in [-1, 1].  answers: an episode's [T, n] array or T strings."""
-        chosen = [episodes[e] for e, _ in which]
-        stack = lambda field: np.stack([getattr(e, field)[t] for e, (_, t) in zip(chosen, which)])
-        codes = None if chosen[0].codes is None else torch.from_numpy(stack("codes").astype(int))
-        batch = self.rows(
-            [e.instruction for e in chosen], [answers[e][t] for e, t in which], kind, codes
-        )
-        batch["images"] = to_float(stack("frames"), device) * 2 - 1 if codes is None else None
-        return {name: x if x is None else x.to(device) for name, x in batch.items()}
-
-    def prompts(self, instructions, kind, codes=None, multiple=1):
-        """Prompts for generation, left-padded to the longest, or more to a multiple: tokens, kinds
-        int64 [B, L], valid bool [B, L].  codes: int64 [B, N] of the images."""
-        built = [self.prompt(text, kind) for text in instructions]
-        length = -(-max(len(tokens) for tokens, _ in built) // multiple) * multiple
-        tokens = torch.tensor([[PAD] * (length - len(t)) + t for t, _ in built])
-        kinds = torch.tensor([[TEXT] * (length - len(k)) + k for _, k in built])
-        valid = torch.tensor([[False] * (length - len(t)) + [True] * len(t) for t, _ in built])
-        return tokens if codes is None else put_codes(tokens, kinds, codes), kinds, valid
-
-
-# ------------------------------------------------------------------------ the built-in dataset
-def make_tabletop(options):
-    """Write the built-in dataset: whole, or not at all."""
-    out = Path(options.out)
-    if out.exists():
-        fail(f"{out} exists: remove it or choose another folder")
-    with refuse(f"{out}"), atomically(out) as draft:
-        for name in ("videos", "actions"):
-            (draft / name).mkdir(parents=True)
-        rows = list(
-            tabletop.scenes(options, draft, (TAGS[LATENT], TAGS[ACTION]))
-            if options.scenes
-            else tabletop.record(options, draft)
-        )
-        lines = "".join(to_json(row) + "\n" for row in rows)
-        (draft / "episodes.jsonl").write_text(lines, encoding="utf-8")
-        words = train_tokenizer(tabletop.vocabulary()).to_str()
-        (draft / "tokenizer.json").write_text(words, encoding="utf-8")
-    videos = {row["video"]: row["frames"] for row in rows}
-    print(f"wrote {out}: {len(rows)} episodes, {sum(videos.values())} frames")
+def r2(guess, target):
+    """Share of the variance of target [M, A] that guess explains, per axis; None for a constant"""
+    error = ((guess - target) ** 2).sum(0)
+    spread = ((target - target.mean(0)) ** 2).sum(0)
+    moves = spread > 1e-20 * (target**2).sum(0)  # more than rounding does
+    return [1 - float(e) / float(s) if m else None for e, s, m in zip(error, spread, moves)]
 
 
 if __name__ == "__main__":
     command, rest = sys.argv[1:2], sys.argv[2:]
-    if command == ["tabletop"]:
-        make_tabletop(parse_options(tabletop.TabletopOptions, rest, positional=("out",))[0])
-    elif {"-h", "--help"} & {*sys.argv}:
+    if {"-h", "--help"} & {*sys.argv}:
         print(__doc__.strip())
     elif command == ["check"] and len(rest) == 1:
         found = open_dataset(rest[0], 64)
@@ -814,4 +545,4 @@ if __name__ == "__main__":
             f"fingerprint {found.fingerprint}: no defects"
         )
     else:
-        fail("expected: data.py check DATASET, or data.py tabletop OUT [options]")
+        fail("expected: data.py check DATASET")

@@ -23,9 +23,10 @@ from PIL import Image, ImageDraw
 
 import common
 import data
-import tabletop
+import sequences
 import video
 from model import ACTION, LATENT, VLA, VLAConfig
+from simulators import tabletop
 
 
 @dataclass(kw_only=True)
@@ -46,7 +47,7 @@ class EvaluateConfig:
 # ------------------------------------------------------------------------ policies
 class Policy:
     """A VLA as a function: images uint8 [B, H, W, 3] and instructions -> actions [B, A], or latent
-    actions, int [B, K], where it has not been finetuned.  Raises data.NoKnownWord for instructions
+    actions, int [B, K], where it has not been finetuned.  Raises sequences.NoKnownWord for instructions
     of which it knows no word.  compiled: for control loops; compiles anew for another number of
     images, or of the prompt's tokens in steps of 16"""
 
@@ -63,15 +64,17 @@ class Policy:
         if compiled:
             common.check_compiler(self.device, "compiled policies")
             self.model.compile_decode()
-        tokenizer = data.read_tokenizer(path)
-        self.sequences = data.Sequences(tokenizer, self.model.config.image_tokens, meta["template"])
+        tokenizer = sequences.read_tokenizer(path)
+        self.sequences = sequences.Sequences(
+            tokenizer, self.model.config.image_tokens, meta["template"]
+        )
         self.checked = set()  # instructions
         self.kind = ACTION if self.model.config.action_vocab else LATENT
         self.edges = [np.array(e) for e in meta.get("bins", ())]
         self.length = len(self.edges) or meta.get("code_len", 4 if self.kind == LATENT else 7)
         if self.kind not in self.model.heads():
             common.fail(f"--{option} {path}: predicts neither latent nor robot actions")
-        self.vqgan = data.load_vqgan(path, option, self.device, meta["model"])
+        self.vqgan = data.open_vqgan(path, option, self.device, meta["model"])
 
     def __call__(self, images, instructions):
         for text in set(instructions) - self.checked:
@@ -123,7 +126,7 @@ def rollout(policy, c, split, first, count):
         elif policy == "random":
             action = rng.uniform(-1, 1, (count, 2))
         else:
-            with common.refuse("--policies", (data.NoKnownWord,)):
+            with common.refuse("--policies", (sequences.NoKnownWord,)):
                 action[live] = policy(obs["image"][live], [obs["instruction"][i] for i in live])
         obs, _, _, _, info = env.step(action)
         film.append(obs["image"][: c.film])
@@ -242,7 +245,7 @@ def predict(c):
         image = video.read_picture(c.image)
     policy = Policy(c.policy, "policy", ("pretrain", "finetune"), c.bf16)
     began = time.time()
-    with common.refuse(f"--instruction {c.instruction!r}", (data.NoKnownWord, UnicodeError)):
+    with common.refuse(f"--instruction {c.instruction!r}", (sequences.NoKnownWord, UnicodeError)):
         text = os.fsencode(c.instruction).decode()  # UTF-8, whatever the locale says
         (answer,) = policy([image], [text])
     what = "latent action" if policy.kind == LATENT else "action" if policy.edges else "action bins"

@@ -20,6 +20,7 @@ from torch import nn
 
 import common
 import data
+import sequences
 from model import ACTION, LOW_RANK, VLAConfig, build_vla
 
 
@@ -148,8 +149,8 @@ def train(c, given):
     common.refuse_busy(c.out)
     mine = processes.share(c)
     weights, meta = common.load_checkpoint(c.init_from, "init_from", ("pretrain",))
-    tokenizer, shape = data.read_tokenizer(c.init_from), meta["model"]
-    vqgan = data.load_vqgan(c.init_from, "init_from", processes.device, shape)
+    tokenizer, shape = sequences.read_tokenizer(c.init_from), meta["model"]
+    vqgan = data.open_vqgan(c.init_from, "init_from", processes.device, shape)
     dataset = data.open_dataset(c.data, shape["image_size"], c.where, official=vqgan is not None)
     train_set, _ = dataset.split(c.held_out)
     few = data.labelled_few(train_set, c.labelled, c.seed, exact="labelled" in given)
@@ -165,7 +166,7 @@ def train(c, given):
         if c.lora_rank:
             add_low_rank(model, c.lora_rank, torch.bfloat16 if c.bf16 else torch.float32)
         processes.shard(model, c, model.layers)
-        fresh = model.adopt(weights, data.opening_tags(tokenizer) if c.like_tag else None)
+        fresh = model.adopt(weights, sequences.opening_tags(tokenizer) if c.like_tag else None)
     new = [name for name in fresh if not name.endswith(LOW_RANK)]
     processes.say(
         f"inherited {c.init_from} (pretrained on {meta['labels']} labels, step "
@@ -173,11 +174,11 @@ def train(c, given):
     )
     processes.say(data.describe_bins(edges, actions))
     bins = [data.to_bins(e.actions, edges) for e in few]
-    sequences = data.Sequences(
+    rows_of = sequences.Sequences(
         tokenizer, model.config.image_tokens, meta["template"], c.length, c.official_cut
     )
     with common.refuse(c.data):
-        sequences.check(few, bins, ACTION)
+        rows_of.check(few, bins, ACTION)
     run = common.Run(
         c,
         processes,
@@ -212,9 +213,9 @@ def train(c, given):
     processes.say(len(few), "labelled episodes,", sum(map(len, bins)), "actions,", processes.device)
 
     soft = data.soft_widths(edges, c.soft_bins)
-    rows = lambda step: sequences.batch(few, bins, ACTION, which(step), processes.device)
+    rows = lambda step: rows_of.batch(few, bins, ACTION, which(step), processes.device)
     for step, batch in run.loop("rows", data.stream(rows, run.start, c.steps)):
-        batch = data.augment(batch, c.shift, vqgan, c.batch, mine)
+        batch = sequences.augment(batch, c.shift, vqgan, c.batch, mine)
         loss, right = processes.backward(
             model, c, lambda part: loss_of(model, part, soft), batch, run.culprits
         )

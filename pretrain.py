@@ -27,6 +27,7 @@ from tqdm import tqdm
 import common
 import data
 import quantize
+import sequences
 from model import ACTION, LAQ, LATENT, TEXT, VLAConfig, build_vla
 
 KINDS = {"latent": LATENT, "action": ACTION, "idm": ACTION, "caption": TEXT}
@@ -100,7 +101,7 @@ PRESETS = {
         like_tag=True,
         bf16=True,
     ),
-    "lapa": dict(template=data.OFFICIAL_TEMPLATE, length=384, bf16=True),
+    "lapa": dict(template=sequences.OFFICIAL_TEMPLATE, length=384, bf16=True),
 }
 
 
@@ -108,7 +109,7 @@ def loss_of(model, rows, kind, soft=0.0, official_text_mask=False):
     """Stage-2 loss (paper 3.2, code): 0.99 x cross entropy of the labels + 0.01 x that of the
     tags around them and eos; for captions, whose labels are text, plain cross entropy.
 
-    rows: a batch as made by data.Sequences.batch.  -> loss, share of labels predicted exactly"""
+    rows: a batch as made by sequences.Sequences.batch.  -> loss, share of labels predicted exactly"""
     hidden = model(rows["tokens"], rows["kinds"], rows["images"])
     text, text_right = model.answer_loss(hidden, rows, TEXT)
     if kind == TEXT:
@@ -218,7 +219,7 @@ def answers_for(c, processes, dataset, train_set, held_out):
                 if e.actions is not None
             ]
             if known:
-                r2 = quantize.r2(*(np.concatenate(rows) for rows in zip(*known)))
+                r2 = data.r2(*(np.concatenate(rows) for rows in zip(*known)))
                 processes.say(
                     "inverse dynamics R2 on held-out episodes:",
                     [r if r is None else round(r, 3) for r in r2],
@@ -243,9 +244,9 @@ def build_model(c, kind, dataset, processes):
     """A fresh VLA, or --init_from's -> model, tokenizer, names of fresh tensors"""
     if c.init_from:
         weights, meta = common.load_checkpoint(c.init_from, "init_from", ("pretrain",))
-        tokenizer, shape = data.read_tokenizer(c.init_from), meta["model"]
+        tokenizer, shape = sequences.read_tokenizer(c.init_from), meta["model"]
     else:
-        tokenizer = data.dataset_tokenizer(dataset)
+        tokenizer = sequences.dataset_tokenizer(dataset)
         shape = {f.name: getattr(c, f.name) for f in fields(VLAConfig)}
         shape["text_vocab"] = tokenizer.get_vocab_size()
     shape |= {"latent_vocab": c.latent_vocab, "action_vocab": c.bins if kind == ACTION else 0}
@@ -255,7 +256,7 @@ def build_model(c, kind, dataset, processes):
         processes.shard(model, c, model.layers)
         if not c.init_from:
             return model, tokenizer, []
-        fresh = model.adopt(weights, data.opening_tags(tokenizer) if c.like_tag else None)
+        fresh = model.adopt(weights, sequences.opening_tags(tokenizer) if c.like_tag else None)
     processes.say(
         f"inherited {c.init_from} (step {meta['step']}); fresh: {', '.join(fresh) or 'nothing'}"
     )
@@ -300,7 +301,7 @@ def train(c, given):
     processes, kind = common.Processes(), KINDS[c.labels]
     common.refuse_busy(c.out)
     mine = processes.share(c)
-    vqgan = data.load_vqgan(c.vqgan or c.init_from, "vqgan", processes.device, c.__dict__)
+    vqgan = data.open_vqgan(c.vqgan or c.init_from, "vqgan", processes.device, c.__dict__)
     dataset = data.open_dataset(
         c.data, c.image_size, c.where, c.labels == "action", official=vqgan is not None
     )
@@ -310,11 +311,11 @@ def train(c, given):
     answers, held_answers, kept, marks = answers_for(c, processes, dataset, train_set, held_out)
     c.latent_vocab = kept.get("codebook_size", 0)
     model, tokenizer, fresh = build_model(c, kind, dataset, processes)
-    sequences = data.Sequences(
+    rows_of = sequences.Sequences(
         tokenizer, model.config.image_tokens, c.template, c.length, c.official_cut
     )
     with common.refuse(c.data):
-        sequences.check(train_set + held_out, answers + held_answers, kind)
+        rows_of.check(train_set + held_out, answers + held_answers, kind)
     run = common.Run(
         c,
         processes,
@@ -345,10 +346,10 @@ def train(c, given):
     )
 
     soft = data.soft_widths(kept.get("bins", []), c.soft_bins)
-    rows = lambda step: sequences.batch(train_set, answers, kind, which(step), processes.device)
-    held_rows = lambda which: sequences.batch(held_out, held_answers, kind, which, processes.device)
+    rows = lambda step: rows_of.batch(train_set, answers, kind, which(step), processes.device)
+    held_rows = lambda which: rows_of.batch(held_out, held_answers, kind, which, processes.device)
     for step, batch in run.loop("rows", data.stream(rows, run.start, c.steps)):
-        batch = data.augment(batch, c.shift * (kind != TEXT), vqgan, c.batch, mine)
+        batch = sequences.augment(batch, c.shift * (kind != TEXT), vqgan, c.batch, mine)
         loss, right = processes.backward(
             model,
             c,

@@ -411,7 +411,7 @@ def stages(steps=30):
         train = f"--preset tiny --steps {steps} --held_out 10 --out {home}"
         videos = f"--data {home}/table"
         for name, line in (
-            ("150 episodes recorded", f"data.py tabletop {home}/table --episodes 150"),
+            ("150 episodes recorded", f"-m simulators.tabletop {home}/table --episodes 150"),
             (
                 f"quantize, {steps} steps of 64 pairs, labels, report card",
                 f"quantize.py {train}/laq {videos}",

@@ -46,7 +46,14 @@ def start(tmp_path_factory):
 
     def run(*words):
         words = [str(ROOT / str(w) if str(w).endswith(".py") else w) for w in words]
-        return subprocess.run([sys.executable, *words], cwd=home, capture_output=True, text=True)
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        return subprocess.run(
+            [sys.executable, *map(str, words)],
+            cwd=home,
+            capture_output=True,
+            text=True,
+            env=environment,
+        )
 
     return run
 
@@ -56,9 +63,13 @@ def inside(monkeypatch):
     """inside("data.py", "check", D) -> exit code: the same within this process, which is quicker"""
 
     def run(script, *words):
-        monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
+        module, words = (words[0], words[1:]) if script == "-m" else (None, words)
+        monkeypatch.setattr(sys, "argv", [module or script, *map(str, words)])
         try:
-            runpy.run_path(str(ROOT / script), run_name="__main__")
+            if module:
+                runpy.run_module(module, run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(str(ROOT / script), run_name="__main__")
         except SystemExit as stop:
             return stop.code or 0
         return 0

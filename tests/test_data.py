@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, make_film
 from PIL import Image
 
 import common
 import data
-import quantize
-from conftest import ROOT, make_film
+import sequences
+from analysis import report_card
 from model import ACTION, LATENT, TEXT, VISION
 
 LANGUAGE_TABLE = ROOT.parent / "shared" / "data" / "language-table"
@@ -267,7 +268,7 @@ def test_window_motion_sums_the_actions_of_the_window(rows):
     values = np.array([[1, 0], [2, 10], [4, 20], [8, 30], [99, 99]], np.float32)[:rows]
     episode = data.Episode("a", "x", 5, {}, np.zeros((5, 8, 8, 3), np.uint8), values)
     expected = [[3, 10], [6, 30], [12, 50], [8, 30], [0, 0]]  # 0.4 s are 2 frames
-    assert quantize.window_motion(episode, 0.4).tolist() == expected
+    assert report_card.window_motion(episode, 0.4).tolist() == expected
 
 
 def test_random_shift_moves_both_frames_alike():
@@ -286,13 +287,13 @@ def test_random_shift_moves_both_frames_alike():
 
 
 def test_perplexity_psnr_and_probe():
-    values = [quantize.perplexity(np.array(z), 8) for z in ([3, 3], range(8), [0, 0, 0, 1])]
+    values = [report_card.perplexity(np.array(z), 8) for z in ([3, 3], range(8), [0, 0, 0, 1])]
     assert values == pytest.approx([1, 8, 1.7548], abs=1e-4)
-    assert [quantize.psnr(mse) for mse in (1, 0.01)] == pytest.approx([0, 20])
+    assert [report_card.psnr(mse) for mse in (1, 0.01)] == pytest.approx([0, 20])
     rng = np.random.default_rng(0)
     codes, effect = rng.integers(0, 8, (3000, 2)), rng.normal(size=(2, 8, 3))
     target = effect[0][codes[:, 0]] + effect[1][codes[:, 1]]
-    r2 = lambda z: quantize.probe_r2(z[:2000], target[:2000], z[2000:], target[2000:], 8)
+    r2 = lambda z: report_card.probe_r2(z[:2000], target[:2000], z[2000:], target[2000:], 8)
     assert min(r2(codes)) > 0.999 and np.abs(r2(rng.permutation(codes))).max() < 0.05
 
 
@@ -353,7 +354,9 @@ def test_values_find_their_bin():
 
 # ---------------------------------------------------------------- token rows
 
-SEQUENCES = data.Sequences(data.train_tokenizer(["push red block", "star"]), 2, "do {instruction}")
+SEQUENCES = sequences.Sequences(
+    sequences.train_tokenizer(["push red block", "star"]), 2, "do {instruction}"
+)
 
 
 def row(text):
@@ -374,12 +377,12 @@ def test_rows_by_hand(kind, answers, said):
     prompts = [f"<s> <unk> {text} <vision> 0 0 </vision> " for text in ("push red", "block")]
     whole, length = [row(p + s) for p, s in zip(prompts, said)], len(row(prompts[0] + said[0]))
     for i, prompt in enumerate((8, 7)):
-        tokens = whole[i] + [data.BOS] * (length - len(whole[i]))
+        tokens = whole[i] + [sequences.BOS] * (length - len(whole[i]))
         kinds = [TEXT] * (prompt - 3) + [VISION] * 2 + [TEXT] * (length - prompt + 1)
         if kind != TEXT:
             kinds[prompt + 1 : prompt + 3] = [kind] * 2
         answer = range(prompt, len(whole[i]))  # tags, codes and eos: what a model has to say
-        inputs = [data.BOS if token == data.EOS else token for token in tokens[:-1]]
+        inputs = [sequences.BOS if token == sequences.EOS else token for token in tokens[:-1]]
         assert batch["tokens"][i].tolist() == inputs
         assert batch["targets"][i].tolist() == tokens[1:]
         assert batch["kinds"][i].tolist() == kinds[:-1]
@@ -392,7 +395,7 @@ def test_prompts_are_padded_on_the_left_and_begin_as_rows_do():
     begin = "<s> <unk> {} <vision> 0 0 </vision> <delta>"
     assert tokens.tolist() == [
         row(begin.format("push red")),
-        [data.PAD] + row(begin.format("block")),
+        [sequences.PAD] + row(begin.format("block")),
     ]
     assert valid.tolist() == [[True] * 9, [False] + [True] * 8]
     assert kinds[1].tolist() == [TEXT] * 5 + [VISION] * 2 + [TEXT] * 2
@@ -569,27 +572,27 @@ def episode(instruction, name="a"):
 
 
 def test_rows_without_room_for_an_answer_are_refused_and_cut_ones_counted(capsys):
-    words = data.train_tokenizer(["push the red block"])
+    words = sequences.train_tokenizer(["push the red block"])
     texts = ["push", "push the red block push the red block push"]
     both = [episode(text, name) for text, name in zip(texts, ("short", "long"))]
     codes = [np.zeros((2, 4), int)] * 2
     # bos, 9 words, <vision>, 4 patches, </vision>, <delta>: 17 tokens; 4 codes, </delta>, eos
     for length, outcome in ((22, ""), (21, "cut"), (17, "cut"), (16, "refused")):
-        sequences = data.Sequences(words, 4, length=length)
-        supervised = sequences.rows(texts, [c[0] for c in codes], LATENT)
+        builder = sequences.Sequences(words, 4, length=length)
+        supervised = builder.rows(texts, [c[0] for c in codes], LATENT)
         answered = (supervised["mask"] & (supervised["target_kinds"] == LATENT)).sum(1).tolist()
         if outcome == "refused":
             assert answered == [4, 0]
             with pytest.raises(SystemExit):
-                sequences.check(both, codes, LATENT)
+                builder.check(both, codes, LATENT)
             said = capsys.readouterr().err
             assert "episodes 'long' (" in said and f"--length {length}: no room" in said
         else:
             assert answered[0] == 4 and answered[1] > 0
-            sequences.check(both, codes, LATENT)
+            builder.check(both, codes, LATENT)
             said = capsys.readouterr().out
             assert ("cuts the end of 2 rows (first: episode 'long'" in said) == (outcome == "cut")
-    official = data.Sequences(words, 4, length=17, official_cut=True)  # one token less is left
+    official = sequences.Sequences(words, 4, length=17, official_cut=True)  # one token less is left
     supervised = official.rows(texts, [c[0] for c in codes], LATENT)
     assert (supervised["mask"] & (supervised["target_kinds"] == LATENT)).sum(1).tolist() == [4, 0]
     with pytest.raises(SystemExit):
@@ -597,18 +600,18 @@ def test_rows_without_room_for_an_answer_are_refused_and_cut_ones_counted(capsys
 
 
 def test_captions_count_their_end_of_text_as_an_answer(capsys):
-    sequences = data.Sequences(data.train_tokenizer(["push the red block"]), 4, length=9)
-    sequences.check([episode("push")], [["red", ""]], TEXT)
+    builder = sequences.Sequences(sequences.train_tokenizer(["push the red block"]), 4, length=9)
+    builder.check([episode("push")], [["red", ""]], TEXT)
     with pytest.raises(SystemExit):
-        sequences.check([episode("push the red")], [["red", ""]], TEXT)
+        builder.check([episode("push the red")], [["red", ""]], TEXT)
 
 
 def test_unknown_words_are_named_once_and_refused_where_no_word_is_known(capsys):
-    sequences = data.Sequences(data.train_tokenizer(["push the red block"]), 4)
-    sequences.check([episode("push the mug"), episode("grasp it"), episode("push")], [], LATENT)
+    builder = sequences.Sequences(sequences.train_tokenizer(["push the red block"]), 4)
+    builder.check([episode("push the mug"), episode("grasp it"), episode("push")], [], LATENT)
     said = capsys.readouterr().out
     assert said.count("\n") == 1 and "'mug', 'grasp', 'it'" in said
-    sequences.check_words(["push the mug"])
+    builder.check_words(["push the mug"])
     assert capsys.readouterr().out == ""
     for texts in (
         ["打开抽屉", "grasp mug"],
@@ -619,14 +622,16 @@ def test_unknown_words_are_named_once_and_refused_where_no_word_is_known(capsys)
         ["push </s>"],
         ["<vision> </vision>"],
     ):
-        with pytest.raises(data.NoKnownWord, match="none of the words|expected words|is no word"):
-            sequences.check_words(texts)
+        with pytest.raises(
+            sequences.NoKnownWord, match="none of the words|expected words|is no word"
+        ):
+            builder.check_words(texts)
 
 
 def test_captions_of_unknown_words_are_named_or_refused(capsys):
-    sequences = data.Sequences(data.train_tokenizer(["push the red block"]), 4)
-    sequences.check([episode("push")], [["<delta> red </delta>", "blue"]], TEXT)
+    builder = sequences.Sequences(sequences.train_tokenizer(["push the red block"]), 4)
+    builder.check([episode("push")], [["<delta> red </delta>", "blue"]], TEXT)
     assert "'blue'" in capsys.readouterr().out
     for captions in (["blue", "green"], ["", ""]):
-        with pytest.raises(data.NoKnownWord):
-            sequences.check([episode("push")], [captions], TEXT)
+        with pytest.raises(sequences.NoKnownWord):
+            builder.check([episode("push")], [captions], TEXT)

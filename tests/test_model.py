@@ -7,22 +7,23 @@ from dataclasses import fields
 from pathlib import Path
 from sysconfig import get_paths
 
+import bench
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-import bench
 import common
-import convert
 import data
 import finetune
 import model
 import pretrain
 import quantize
-import tabletop
-from model import ACTION, LATENT, TEXT, VISION, LAQ, LAQConfig, VLA, VLAConfig, code_cnn, nearest
+import sequences
+from model import ACTION, LAQ, LATENT, TEXT, VISION, VLA, LAQConfig, VLAConfig, code_cnn, nearest
+from official import convert
+from simulators import tabletop
 
 FOLDER = Path(__file__).parent / "golden"  # made with the official code: shared/fixtures/laq_small
 INFO = json.loads((FOLDER / "info.json").read_text())
@@ -82,7 +83,9 @@ def test_training_pass_gives_the_official_loss_and_gradients():
 
 
 def test_convert_command_line(inside, tmp_path):
-    assert inside("convert.py", FOLDER / "laq.pt", tmp_path / "laq", "--code_len", 4) == 0
+    assert (
+        inside("-m", "official.convert", FOLDER / "laq.pt", tmp_path / "laq", "--code_len", 4) == 0
+    )
     net, meta = quantize.load_laq(tmp_path / "laq")
     assert meta["window"] == 0.6 and torch.equal(net.cpu().label(PAIR), CODES)
 
@@ -134,7 +137,7 @@ def test_wrong_tensors_are_refused_by_name(tmp_path, name, change, said):
 def test_convert_refuses_files_that_hold_anything_but_tensors(inside, tmp_path, capsys, content):
     source = tmp_path / "bad.pt"
     source.write_bytes(content) if isinstance(content, bytes) else torch.save(content, source)
-    assert inside("convert.py", source, tmp_path / "out") == 2
+    assert inside("-m", "official.convert", source, tmp_path / "out") == 2
     said = capsys.readouterr().err
     assert said.startswith(f"error: {source}") and said.count("\n") == 1
     assert not (tmp_path / "out").exists()
@@ -290,7 +293,9 @@ def test_two_processes_train_one_checkpoint(start, make_dataset, tmp_path):
 
 # ---------------------------------------------------------------- the VLA
 
-SEQUENCES = data.Sequences(data.train_tokenizer(["push the red block left"]), image_tokens=4)
+SEQUENCES = sequences.Sequences(
+    sequences.train_tokenizer(["push the red block left"]), image_tokens=4
+)
 TEXTS = ["push left", "push the red block left", "block"]
 
 
@@ -539,7 +544,7 @@ def test_fresh_tables_begin_where_the_body_can_read():
 @pytest.mark.parametrize("parts", [2, 4])
 def test_the_loss_of_rows_that_are_cut_does_not_depend_on_how_a_batch_is_parted(vla, parts):
     """The second row has no answer left: it counts as 0, as in the official loss"""
-    few = data.Sequences(SEQUENCES.tokenizer, 4, length=14)
+    few = sequences.Sequences(SEQUENCES.tokenizer, 4, length=14)
     long = "push the red block left push the red block left"
     texts = ["push the red block", long, "red", "block"]
     rows = few.rows(texts, np.arange(28).reshape(4, 7) % 16, ACTION)
@@ -598,9 +603,9 @@ def test_a_laq_of_each_number_of_codes_is_converted(
     file |= {name[:-5] + "beta": torch.zeros_like(t) for name, t in file.items() if "gamma" in name}
     torch.save(file, tmp_path / "laq.pt")
     if needed:  # nothing is guessed
-        assert inside("convert.py", tmp_path / "laq.pt", tmp_path / "none") == 2
+        assert inside("-m", "official.convert", tmp_path / "laq.pt", tmp_path / "none") == 2
         assert "pass --code_len or --image_size" in capsys.readouterr().err
-    assert inside("convert.py", tmp_path / "laq.pt", tmp_path / "laq", *needed) == 0
+    assert inside("-m", "official.convert", tmp_path / "laq.pt", tmp_path / "laq", *needed) == 0
     again, _ = quantize.load_laq(tmp_path / "laq")
     assert again.config == net.config
     pair = torch.rand(3, 2, 3, size, size)
@@ -628,7 +633,7 @@ def test_our_own_runs_of_older_code_keep_their_relu(tmp_path):
 
 def test_a_number_of_codes_that_a_file_does_not_hold_is_refused(inside, tmp_path, capsys):
     for more in (("--code_len", 2), ("--code_len", 4, "--image_size", 128)):
-        assert inside("convert.py", FOLDER / "laq.pt", tmp_path / "laq", *more) == 2
+        assert inside("-m", "official.convert", FOLDER / "laq.pt", tmp_path / "laq", *more) == 2
         assert f"--code_len {more[1]}" in capsys.readouterr().err
 
 

@@ -12,17 +12,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file
 
 import common
-import convert
 import data
 import evaluate
 import finetune
 import model
 import pretrain
-from conftest import ROOT
-from model import ACTION, LATENT, TEXT, VISION, VLA, VQGAN, VLAConfig, VQGANConfig
+import sequences
+from model import ACTION, LATENT, TEXT, VISION, VLA, VLAConfig
+from official import convert
+from official.vqgan import VQGAN, VQGANConfig
 
 FIXTURES = Path(__file__).resolve().parents[2] / "shared/fixtures"
 pytestmark = pytest.mark.skipif(not FIXTURES.is_dir(), reason=f"no recordings at {FIXTURES}")
@@ -207,10 +209,10 @@ def test_rows_equal_the_official_ones(stage, kind, field):
     golden = arrays("seq/golden.npz")
     text = (FIXTURES / f"seq/{stage}.jsonl").read_text()
     lines = [json.loads(line) for line in text.splitlines()]
-    sequences = data.Sequences(Recorded(), 257, "{instruction}", 384, official_cut=True)
+    builder = sequences.Sequences(Recorded(), 257, "{instruction}", 384, official_cut=True)
     codes = torch.tensor([line["vision"][:256] for line in lines])  # the first picture
     answers = [[int(code) for code in line[field]] for line in lines]
-    rows = sequences.rows([line["instruction"] for line in lines], answers, kind, codes)
+    rows = builder.rows([line["instruction"] for line in lines], answers, kind, codes)
     assert torch.equal(rows["tokens"], golden[f"{stage}.input_tokens"].long())
     assert torch.equal(rows["targets"], golden[f"{stage}.target_tokens"].long())
     assert torch.equal(rows["mask"], golden[f"{stage}.loss_masks"] > 0)
@@ -219,7 +221,7 @@ def test_rows_equal_the_official_ones(stage, kind, field):
             known = golden.get(f"{stage}.{side}_{LOGITS[which]}_masks")
             assert known is None or torch.equal(found == which, known)
     sequences.official_cut = False  # ours: the mask stays with its tokens
-    mask = sequences.rows([lines[3]["instruction"]], answers[3:], kind, codes[3:])["mask"][0]
+    mask = builder.rows([lines[3]["instruction"]], answers[3:], kind, codes[3:])["mask"][0]
     whole = golden[f"{stage}.example3.loss_mask"].bool()
     assert torch.equal(mask, whole[1:385]) and not torch.equal(mask, rows["mask"][3])
 
@@ -235,7 +237,7 @@ def test_whole_official_sampler():
     )
     net, vqgan = VLA(config), load_vqgan("e2e")
     common.load_strictly(net, {name: read() for name, read in pairs})
-    sequences = data.Sequences(None, config.image_tokens, data.OFFICIAL_TEMPLATE)
+    builder = sequences.Sequences(None, config.image_tokens, sequences.OFFICIAL_TEMPLATE)
     tags = {
         "<vision>": [529, 4924, 29958],
         "</vision>": [1533, 4924, 29958],
@@ -249,10 +251,10 @@ def test_whole_official_sampler():
             for name in ("input_ids", "attention_mask", "vision_masks")
         }
         ids = batch["input_ids"][0, :128][batch["attention_mask"][0, :128].bool()].tolist()
-        words = {**tags, data.OFFICIAL_TEMPLATE.format(instruction=question): ids[1:-3]}
-        sequences.words = words.__getitem__
+        words = {**tags, sequences.OFFICIAL_TEMPLATE.format(instruction=question): ids[1:-3]}
+        builder.words = words.__getitem__
         codes = vqgan.encode(data.to_float(frame[None]) * 2 - 1)
-        tokens, kinds, valid = sequences.prompts([question], LATENT, codes, multiple=391)
+        tokens, kinds, valid = builder.prompts([question], LATENT, codes, multiple=391)
         assert torch.equal(tokens, batch["input_ids"])
         assert torch.equal(valid, batch["attention_mask"].bool())
         assert torch.equal(kinds == VISION, batch["vision_masks"])
@@ -267,14 +269,14 @@ def test_whole_official_sampler():
 def test_hugging_face_layout_both_ways(inside, tmp_path):
     batch, golden = arrays("vla/inputs.npz"), arrays("vla/golden_fp32.npz")
     source = FIXTURES / "vla/hf_text_model.safetensors"
-    assert inside("convert.py", source, tmp_path / "ours", "--heads", 4) == 0
+    assert inside("-m", "official.convert", source, tmp_path / "ours", "--heads", 4) == 0
     weights, meta = common.load_checkpoint(tmp_path / "ours", "x", ("pretrain",))
     net = VLA(VLAConfig(**meta["model"]))
     common.load_strictly(net, weights)
     text = batch["text.input_ids"].long()
     hidden = net(text, torch.zeros_like(text))
     torch.testing.assert_close(net.score(hidden, TEXT), golden["text.lm_logits"], rtol=0, atol=1e-4)
-    assert inside("convert.py", tmp_path / "ours", tmp_path / "hf", "--to", "hf") == 0
+    assert inside("-m", "official.convert", tmp_path / "ours", tmp_path / "hf", "--to", "hf") == 0
     found, first = load_file(tmp_path / "hf/model.safetensors"), load_file(source)
     assert found.keys() == first.keys()
     assert all(torch.equal(found[name], first[name]) for name in first)
@@ -292,7 +294,7 @@ def test_hugging_face_layout_both_ways(inside, tmp_path):
     index = {"weight_map": {n: file for file, part in shards.items() for n in part}}
     (tmp_path / "shards/model.safetensors.index.json").write_text(json.dumps(index))
     shutil.copy(FIXTURES / "vla/hf_text_config.json", tmp_path / "shards/config.json")
-    assert inside("convert.py", tmp_path / "shards", tmp_path / "again") == 0
+    assert inside("-m", "official.convert", tmp_path / "shards", tmp_path / "again") == 0
     again, _ = common.load_checkpoint(tmp_path / "again", "x", ("pretrain",))
     assert all(torch.equal(again[name][:], weights[name][:]) for name in weights)
 
@@ -300,8 +302,11 @@ def test_hugging_face_layout_both_ways(inside, tmp_path):
 def test_exported_files_run_in_transformers(inside, tmp_path):
     transformers = pytest.importorskip("transformers")
     batch, golden = arrays("vla/inputs.npz"), arrays("vla/golden_fp32.npz")
-    assert inside("convert.py", FIXTURES / "vla/params", tmp_path / "ours", "--heads", 4) == 0
-    assert inside("convert.py", tmp_path / "ours", tmp_path / "hf", "--to", "hf") == 0
+    assert (
+        inside("-m", "official.convert", FIXTURES / "vla/params", tmp_path / "ours", "--heads", 4)
+        == 0
+    )
+    assert inside("-m", "official.convert", tmp_path / "ours", tmp_path / "hf", "--to", "hf") == 0
     net = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
     with torch.no_grad():
         logits = net(batch["text.input_ids"].long()).logits
@@ -385,7 +390,7 @@ def write_params(path, dim, mlp, layers):
 def test_conversion_holds_three_tensors_and_a_shard_at_most(tmp_path):
     script = (
         "import sys, runpy; sys.path.insert(0, {0!r}); sys.argv[1:] = [{1!r}, {2!r}]\n"
-        "runpy.run_path({0!r} + '/convert.py', run_name='__main__')\n"
+        "runpy.run_module('official.convert', run_name='__main__', alter_sys=True)\n"
         "print(next(line for line in open('/proc/self/status') if 'VmHWM' in line))"
     )
     peak = {}
@@ -436,11 +441,11 @@ def test_a_broken_stream_is_refused_by_the_tensor_and_leaves_nothing(
     ):
         source = tmp_path / "params"
         source.write_bytes(broken)
-        assert inside("convert.py", source, tmp_path / "out", "--heads", 4) == 2
+        assert inside("-m", "official.convert", source, tmp_path / "out", "--heads", 4) == 2
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith(f"error: {source}: ") and said in error
         assert sorted(p.name for p in tmp_path.iterdir()) == ["params", "whole"]
-    assert inside("convert.py", whole, tmp_path / "out", "--heads", 4) == 0
+    assert inside("-m", "official.convert", whole, tmp_path / "out", "--heads", 4) == 0
 
 
 def test_a_wrong_shape_is_refused_by_name(inside, tmp_path, capsys):
@@ -458,7 +463,8 @@ def test_a_wrong_shape_is_refused_by_name(inside, tmp_path, capsys):
         common.save_file(changed, tmp_path / "x.safetensors")
         assert (
             inside(
-                "convert.py",
+                "-m",
+                "official.convert",
                 tmp_path / "x.safetensors",
                 tmp_path / "o",
                 "--heads",
@@ -494,7 +500,7 @@ def test_pickles_may_hold_arrays_only(inside, tmp_path, capsys):
         ),
     ):
         source.write_bytes(content)
-        assert inside("convert.py", source, tmp_path / "out") == 2
+        assert inside("-m", "official.convert", source, tmp_path / "out") == 2
         assert said in capsys.readouterr().err
         assert [p.name for p in tmp_path.iterdir()] == ["vqgan"]
     for protocol in range(6):  # as written by any Python
@@ -505,7 +511,7 @@ def test_pickles_may_hold_arrays_only(inside, tmp_path, capsys):
 def test_official_weights_through_every_stage(inside, make_dataset, tmp_path, capsys):
     """Convert, pretrain, finetune, predict: a small official model on a dataset of ours"""
     root = make_dataset({"a": 6, "b": 5}, size=40)
-    tokenizer = data.train_tokenizer(["push it", data.OFFICIAL_TEMPLATE])
+    tokenizer = sequences.train_tokenizer(["push it", sequences.OFFICIAL_TEMPLATE])
     tokenizer.save(str(root / "tokenizer.json"))
     laq = ("--preset", "tiny", "--steps", 2, "--batch", 2, "--held_out", 1)
     assert inside("quantize.py", "--data", root, "--out", tmp_path / "laq", *laq) == 0
@@ -520,7 +526,8 @@ def test_official_weights_through_every_stage(inside, make_dataset, tmp_path, ca
     for params, out in ((FIXTURES / "e2e/params", "lapa7b"), (tmp_path / "params", "lwm")):
         assert (
             inside(
-                "convert.py",
+                "-m",
+                "official.convert",
                 params,
                 FIXTURES / "e2e/vqgan",
                 root / "tokenizer.json",
@@ -638,7 +645,7 @@ def test_weights_that_do_not_belong_together_are_refused(inside, tmp_path, capsy
     e2e, small = FIXTURES / "e2e", FIXTURES / "vla_action"
     picture = tmp_path / "x.png"
     evaluate.Image.fromarray(np.zeros((30, 50, 3), np.uint8)).save(picture)
-    tokenizer = data.train_tokenizer(["push it", data.OFFICIAL_TEMPLATE])
+    tokenizer = sequences.train_tokenizer(["push it", sequences.OFFICIAL_TEMPLATE])
     tokenizer.save(str(tmp_path / "blob"))
     (tmp_path / "links").mkdir()
     (tmp_path / "links/tokenizer.json").symlink_to("../blob")  # as in Hugging Face's cache
@@ -651,18 +658,25 @@ def test_weights_that_do_not_belong_together_are_refused(inside, tmp_path, capsy
 
     text = FIXTURES / "vla/hf_text_model.safetensors"
     sources = e2e / "params", FIXTURES / "vqgan/vqgan", tmp_path / "links/tokenizer.json"
-    assert inside("convert.py", *sources, tmp_path / "other", "--heads", 2) == 0
+    assert inside("-m", "official.convert", *sources, tmp_path / "other", "--heads", 2) == 0
     assert json.loads((tmp_path / "other/tokenizer.json").read_text())
     assert (
         inside(
-            "convert.py", text, tmp_path / "links/tokenizer.json", tmp_path / "text", "--heads", 4
+            "-m",
+            "official.convert",
+            text,
+            tmp_path / "links/tokenizer.json",
+            tmp_path / "text",
+            "--heads",
+            4,
         )
         == 0
     )
     ask = ("evaluate.py", "predict", "--image", picture, "--instruction", "push it", "--policy")
     assert (
         inside(
-            "convert.py",
+            "-m",
+            "official.convert",
             e2e / "params",
             e2e / "vqgan",
             tmp_path / "links/tokenizer.json",
@@ -682,8 +696,11 @@ def test_weights_that_do_not_belong_together_are_refused(inside, tmp_path, capsy
     (tmp_path / "whole/config.json").write_text(json.dumps({**whole, "vqgan": meta["vqgan"]}))
     refused(inside(*ask, tmp_path / "whole"), "pixels each do not fit")
     refused(inside(*ask, tmp_path / "text"), "predicts neither latent nor robot")
-    refused(inside("convert.py", e2e / "params", text, out, "--heads", 2), "among them, found 2")
-    refused(inside("convert.py", tmp_path / "blob", out), "blob")
+    refused(
+        inside("-m", "official.convert", e2e / "params", text, out, "--heads", 2),
+        "among them, found 2",
+    )
+    refused(inside("-m", "official.convert", tmp_path / "blob", out), "blob")
     for content, words in (
         ("0,1\n1,0\n", "row 0"),
         ("0,1\n", "-1 action bins"),
@@ -692,11 +709,20 @@ def test_weights_that_do_not_belong_together_are_refused(inside, tmp_path, capsy
     ):
         (tmp_path / "bins.csv").write_text(content)
         refused(
-            inside("convert.py", small / "params", tmp_path / "bins.csv", out, "--heads", 4), words
+            inside(
+                "-m", "official.convert", small / "params", tmp_path / "bins.csv", out, "--heads", 4
+            ),
+            words,
         )
     (tmp_path / "bins.csv").write_text(",0,1,2\n0,-1,0,1\n1,-2,2,\n")
-    refused(inside("convert.py", e2e / "params", tmp_path / "bins.csv", out, "--heads", 2), "2 act")
-    assert inside("convert.py", small / "params", tmp_path / "bins.csv", out, "--heads", 4) == 0
+    refused(
+        inside("-m", "official.convert", e2e / "params", tmp_path / "bins.csv", out, "--heads", 2),
+        "2 act",
+    )
+    assert (
+        inside("-m", "official.convert", small / "params", tmp_path / "bins.csv", out, "--heads", 4)
+        == 0
+    )
     meta = json.loads((out / "config.json").read_text())
     assert meta["bins"] == [[-1, 0, 1], [-2, 2]]
 
@@ -723,7 +749,8 @@ def test_wrong_shapes_name_the_wrong_tensor(inside, tmp_path, capsys):
         common.save_file({**tensors, name: more}, tmp_path / "x.safetensors")
         assert (
             inside(
-                "convert.py",
+                "-m",
+                "official.convert",
                 tmp_path / "x.safetensors",
                 tmp_path / "o",
                 "--heads",
@@ -741,8 +768,8 @@ def test_wrong_shapes_name_the_wrong_tensor(inside, tmp_path, capsys):
         (tmp_path / "vqgan").write_bytes(
             pickle.dumps({**pickled, "encoder": {**pickled["encoder"], part: wrong}})
         )
-        assert inside("convert.py", tmp_path / "vqgan", tmp_path / "o") == 2
+        assert inside("-m", "official.convert", tmp_path / "vqgan", tmp_path / "o") == 2
         assert f"encoder/{part}/kernel" in capsys.readouterr().err
     torch.save({"a": Evil()}, tmp_path / "evil.pt")
-    assert inside("convert.py", tmp_path / "evil.pt", tmp_path / "o") == 2
+    assert inside("-m", "official.convert", tmp_path / "evil.pt", tmp_path / "o") == 2
     assert "it wants getattr" in (said := capsys.readouterr().err) and said.count("\n") == 1

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file
 
 import common
 import quantize
-from conftest import ROOT
 from model import LAQ, LAQConfig
 
 TWO = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2
@@ -34,7 +34,7 @@ def trained(start, tmp_path_factory):
         assert done.returncode == code, done.stderr[-2000:]
         return done
 
-    run("data.py", "tabletop", home / "table", "--episodes", 12)
+    run("-m", "simulators.tabletop", home / "table", "--episodes", 12)
     shared = "--data", home / "table", *STEPS, 20, "--out"
     lines = {
         "quantize": ("quantize.py", "--shift_from", 0, *shared),

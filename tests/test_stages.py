@@ -15,9 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import common
 import data
@@ -25,10 +28,9 @@ import evaluate
 import finetune
 import pretrain
 import quantize
-from conftest import ROOT
+import sequences
+from analysis import report_card
 from model import LAQ, LAQConfig
-from torch.distributed.checkpoint import CheckpointException
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 SHORT = "--preset tiny --steps 2 --batch 8 --log_every 1"
 PRETRAIN = f"pretrain.py {SHORT} --data DIR/table --held_out 2 --init_from DIR/base"
@@ -36,8 +38,8 @@ FINETUNE = f"finetune.py {SHORT} --held_out 2 --labelled 6 --data DIR/table"
 LABELLED = "--laq DIR/laq --data DIR/table"
 WAVES = [  # what stands in one wave runs side by side
     {
-        "table": "data.py tabletop DIR/table --episodes 12",
-        "scenes": "data.py tabletop DIR/scenes --scenes 200 --seed 2",
+        "table": "-m simulators.tabletop DIR/table --episodes 12",
+        "scenes": "-m simulators.tabletop DIR/scenes --scenes 200 --seed 2",
     },
     {
         "check": "data.py check DIR/table",
@@ -294,8 +296,8 @@ REFUSALS = [
     ("evaluate.py --policies A=BAD/LAPA --out OUT", "BAD/LAPA"),
     ("evaluate.py --policies A=expert --splits hidden --out OUT", "hidden"),
     ("evaluate.py table --results DIR/none --out OUT", "--results DIR/none"),
-    ("data.py tabletop OUT --look grey", "look"),
-    ("data.py tabletop DIR/table", "table exists"),
+    ("-m simulators.tabletop OUT --look grey", "look"),
+    ("-m simulators.tabletop DIR/table", "table exists"),
 ]
 
 
@@ -582,7 +584,7 @@ def test_a_full_disk_is_named_whatever_hides_it(tmp_path, monkeypatch, capsys, e
 @pytest.mark.parametrize(
     "draw",
     [
-        lambda path: quantize.contact_sheet({"x": torch.zeros(2, 3, 8, 8)}, path),
+        lambda path: report_card.contact_sheet({"x": torch.zeros(2, 3, 8, 8)}, path),
         lambda path: evaluate.draw_film(
             {"a": (np.zeros((1, 2, 8, 8, 3), np.uint8), ["x"], [True])}, path
         ),
@@ -668,7 +670,7 @@ def test_other_alphabets_under_an_old_locale(runs, tmp_path):
             [str(word).encode() for word in line], cwd=ROOT, env=env, capture_output=True
         )
         assert done.returncode == 0, done.stderr
-    tokenizer = data.read_tokenizer(tmp_path / "f")
+    tokenizer = sequences.read_tokenizer(tmp_path / "f")
     known = tokenizer.encode("öffne 打开抽屉", add_special_tokens=False)
     assert known.tokens == ["öffne", "打开抽屉"]
 

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+from simulators.tabletop import FAMILIES, TableTop
 
-import tabletop
-from tabletop import FAMILIES, TableTop
+from simulators import tabletop
 
 
 @pytest.mark.parametrize("look", ["plain", "real"])

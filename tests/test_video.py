@@ -8,11 +8,11 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import ROOT, make_film
 from PIL import Image
 
 import data
 import video
-from conftest import ROOT, make_film
 
 RAMP = np.tile(np.arange(0, 256, 8, dtype=np.uint8)[:, None], (1, 32))  # [32, 32]
 

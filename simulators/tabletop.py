@@ -11,9 +11,15 @@ The table is the unit square, x to the right and y down as in the picture.  Acti
 in [-1, 1]: the wanted displacement of the effector in units of the embodiment's speed.  Blocks are
 discs for contact, whatever their looks, and do not turn.  A finished table stays as it is."""
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+
+from common import atomically, fail, parse_options, refuse, to_json
+from model import ACTION, LATENT
+from sequences import TAGS, train_tokenizer
 
 BLOCKS = ("red circle", "blue square", "green triangle", "yellow star")
 COLORS = ((214, 62, 58), (58, 108, 208), (62, 158, 84), (236, 186, 52))  # of the blocks
@@ -370,3 +376,28 @@ def scenes(o, folder, tags):
                 "task": "locate" if i else "describe",
                 "split": "val" if 0 < part >= parts - 2 else "train",
             }
+
+
+def make_tabletop(options):
+    """Write the built-in dataset: whole, or not at all."""
+    out = Path(options.out)
+    if out.exists():
+        fail(f"{out} exists: remove it or choose another folder")
+    with refuse(f"{out}"), atomically(out) as draft:
+        for name in ("videos", "actions"):
+            (draft / name).mkdir(parents=True)
+        rows = list(
+            scenes(options, draft, (TAGS[LATENT], TAGS[ACTION]))
+            if options.scenes
+            else record(options, draft)
+        )
+        lines = "".join(to_json(row) + "\n" for row in rows)
+        (draft / "episodes.jsonl").write_text(lines, encoding="utf-8")
+        words = train_tokenizer(vocabulary()).to_str()
+        (draft / "tokenizer.json").write_text(words, encoding="utf-8")
+    videos = {row["video"]: row["frames"] for row in rows}
+    print(f"wrote {out}: {len(rows)} episodes, {sum(videos.values())} frames")
+
+
+if __name__ == "__main__":
+    make_tabletop(parse_options(TabletopOptions, sys.argv[1:], positional=("out",))[0])

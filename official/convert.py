@@ -1,9 +1,9 @@
 """Official files -> checkpoints that every stage here reads, and back to Hugging Face's layout.
 
-    python convert.py params vqgan tokenizer.model lwm/       LWM-Chat-1M or LAPA-7B (JAX)
-    python convert.py laq_openx.pt laq/ --code_len 4          LAPA's latent action quantizer
-    python convert.py LWM-Text-Chat-1M/ text/                 a text model in Hugging Face's layout
-    python convert.py lapa/ hf/ --to hf                       the text part of a VLA, the other way
+    python -m official.convert params vqgan tokenizer.model lwm/       LWM-Chat-1M or LAPA-7B (JAX)
+    python -m official.convert laq_openx.pt laq/ --code_len 4          LAPA's latent action quantizer
+    python -m official.convert LWM-Text-Chat-1M/ text/                 a text model in Hugging Face's layout
+    python -m official.convert lapa/ hf/ --to hf                       the text part of a VLA, the other way
 
 Names and shapes are compared strictly before anything is written; tensors are then copied one by
 one, in their own precision, into safetensors files of up to 2 GB beside a config.json, in which the
@@ -27,8 +27,9 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers
 from tqdm import tqdm
 
 import common
-import data
-from model import LAQ, VLA, VOCABULARIES, VQGAN, LAQConfig, VLAConfig, VQGANConfig
+from model import LAQ, VLA, VOCABULARIES, LAQConfig, VLAConfig
+from official.vqgan import VQGAN, VQGANConfig
+from sequences import OFFICIAL_TEMPLATE
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -691,7 +692,7 @@ def convert(c):
                 meta |= {
                     "stage": "finetune" if config.action_vocab else "pretrain",
                     "labels": "official",
-                    "template": data.OFFICIAL_TEMPLATE,
+                    "template": OFFICIAL_TEMPLATE,
                     "model": asdict(config),
                 }
                 files |= {p.name: p for p in path.glob("tokenizer.json")}

@@ -1,0 +1,1 @@
+"""Looking at what was learned: report card and atlas of latent actions, charts of runs."""

@@ -1,0 +1,1 @@
+"""Simulators that evaluate.py opens by name."""
