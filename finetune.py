@@ -10,40 +10,65 @@ SCRATCH, the paper's baseline, is this stage alone, from the base model.
     torchrun --nproc_per_node 8 finetune.py --preset lapa --init_from lapa --data D --out O
 """
 
+import math
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 import common
 import data
 import sequences
-from model import ACTION, LOW_RANK, VLAConfig, build_vla
+import training
+from common import option
+from model import ACTION, LOW_RANK, VLA, VLAConfig, build_vla, full_tensor
 
 
 @dataclass(kw_only=True)
-class FinetuneConfig(common.TrainConfig):
-    init_from: str  # pretrain run: latent (LAPA), action (ACTIONVLA), idm (VPT), caption (SCRATCH)
-    labelled: int = 0  # labelled episodes, drawn by --seed (of a preset: at most); 0: all
-    bins: int = 256  # bins a dimension (paper)
-    soft_bins: float = 0.0  # width, in bins, of a Gaussian around the true bin (paper 0: one-hot)
-    binary: str = ""  # dimensions that mean 0 or 1 (grippers), e.g. 6; other values: see data.py
-    freeze_vision: bool = True  # paper 3.2
-    shift: float = 0.0  # random shift of pictures, as a share of them
-    length: int = 0  # tokens a row is cut or padded to; 0: the longest of the batch (official 384)
-    official_cut: bool = False  # cut rows have their loss mask one step too far
-    like_tag: bool = False  # a fresh action table begins readable (see VLA.adopt)
-    freeze_table: bool = False  # keep the action table: few rows are learned by heart through it
-    steps: int = 2000  # paper: real robot; SIMPLER 500
-    batch: int = 128  # rows a step, over all processes
-    lr: float = 2e-5  # AdamW 0.9/0.95, constant, no weight decay (code)
-    head_lr: float = 1.0  # rate of the fresh action head and table (and LoRA), relative to lr
-    lora_rank: int = 0  # freeze the body but for changes of this rank (LoRA); 0: all of it learns
-    log_every: int = 25  # steps
-    save_every: int = 500  # steps between checkpoints; 0: only the last
+class FinetuneConfig(training.TrainConfig):
+    """The options of this stage; the network's shape comes from --init_from"""
+
+    init_from: str = option(
+        help="pretrain run: latent (LAPA), action (ACTIONVLA), idm (VPT), caption (SCRATCH)"
+    )
+    labelled: int = option(
+        0, "labelled episodes, drawn by --seed (of a preset: at most); 0: all", 0
+    )
+    bins: int = option(256, "bins per dimension (paper)")
+    soft_bins: float = option(
+        0.0, "width, in bins, of a Gaussian around the true bin (paper 0: one-hot)"
+    )
+    binary: str = option(
+        "", "dimensions that mean 0 or 1 (grippers), e.g. 6; other values: see data.py"
+    )
+    freeze_vision: bool = option(True, "paper 3.2")
+    shift: float = option(0.0, "random shift of pictures, as a fraction of them")
+    length: int = option(
+        0, "tokens a row is cut or padded to; 0: the longest of the batch (official 384)"
+    )
+    official_cut: bool = option(False, "cut rows have their loss mask one step too far")
+    like_tag: bool = option(False, "a fresh action table begins readable (see VLA.start_from_tags)")
+    freeze_table: bool = option(
+        False, "keep the action table: few rows are learned by heart through it"
+    )
+    steps: int = option(2000, "optimization steps (paper: real robot; SIMPLER 500)")
+    batch: int = option(128, "rows per step, over all processes")
+    lr: float = option(2e-5, "AdamW 0.9/0.95, constant, no weight decay (code)")
+    head_lr: float = option(
+        1.0, "rate of the fresh action head and table (and LoRA), relative to lr"
+    )
+    lora_rank: int = option(
+        0, "freeze the body except for changes of this rank (LoRA); 0: all of it learns", 0
+    )
+    log_every: int = option(25, "steps between rows of the log")
+    save_every: int = option(500, "steps between checkpoints; 0: only the last", 0)
 
 
 PRESETS = {
@@ -75,7 +100,9 @@ PRESETS = {
 }
 
 
-def loss_of(model, rows, soft):
+def loss_of(
+    model: VLA, rows: dict[str, Tensor], soft: float | list[float]
+) -> tuple[Tensor, Tensor]:
     """Stage-3 loss (paper 3.3): cross entropy of the action tokens.  -> loss, accuracy"""
     hidden = model(rows["tokens"], rows["kinds"], rows["images"])
     return model.answer_loss(hidden, rows, ACTION, soft)
@@ -86,25 +113,25 @@ class LowRank(nn.Module):
     """y = W x + up (down x) in the place of a linear layer: W is frozen, a change of low rank is
     learned, from 0 on (LoRA, Hu et al. 2021).  [.., inputs] -> [.., outputs]"""
 
-    def __init__(self, linear, rank, dtype):
+    def __init__(self, linear: nn.Linear, rank: int, dtype: torch.dtype) -> None:
         super().__init__()
-        W = linear.weight.detach()
-        self.weight = nn.Parameter(W.to(dtype), requires_grad=False)
-        self.down = nn.Parameter(W.new_empty(rank, W.shape[1]))
-        self.up = nn.Parameter(W.new_empty(W.shape[0], rank))
+        weight = linear.weight.detach()
+        self.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+        self.down = nn.Parameter(weight.new_empty(rank, weight.shape[1]))
+        self.up = nn.Parameter(weight.new_empty(weight.shape[0], rank))
         self.reset_parameters()
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         nn.init.normal_(self.down, std=self.down.shape[1] ** -0.5)
         nn.init.zeros_(self.up)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight) + F.linear(F.linear(x, self.down), self.up)
 
 
-def add_low_rank(model, rank, dtype):
-    """Freeze a VLA but for its action table and head; every linear layer of its blocks learns a
-    change of this rank, beside weights kept in dtype"""
+def add_low_rank(model: VLA, rank: int, dtype: torch.dtype) -> None:
+    """Freeze a VLA except for its action table and head; every linear layer of its blocks learns a
+    change of this rank, next to weights kept in dtype"""
     model.requires_grad_(False)
     model.action_embed.requires_grad_(True)
     model.action_head.requires_grad_(True)
@@ -114,114 +141,170 @@ def add_low_rank(model, rank, dtype):
                 setattr(block, name, LowRank(linear, rank, dtype))
 
 
-def merged(model, weights):
-    """(name, tensor) of a VLA, low-rank changes added to the `weights` that they began from"""
+def merged_weights(model: VLA, original: dict[str, object]) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of a VLA, its low-rank changes added to the `original` weights"""
     state = model.state_dict()
     for name, tensor in state.items():
         stem = name.removesuffix("weight")
         if stem + "up" in state:
-            change = common.whole(state[stem + "up"]) @ common.whole(state[stem + "down"])
-            yield name, weights[name][:] + change.cpu()
+            change = full_tensor(state[stem + "up"]) @ full_tensor(state[stem + "down"])
+            yield name, original[name][:] + change.cpu()
         elif not name.endswith(LOW_RANK):
-            yield name, common.whole(tensor)
+            yield name, full_tensor(tensor)
 
 
-# ------------------------------------------------------------------------ training
-def choose_bins(c, meta, actions):
-    """-> bin edges, an array a dimension.  A body pretrained on actions (ACTIONVLA, VPT) keeps its
-    own with its action head; any other gets those of the labelled episodes' actions [M, A]."""
+# ------------------------------------------------------------------------ data, bins, model
+def open_data(
+    c: FinetuneConfig, image_size: int, official: bool, exact: bool
+) -> tuple[data.Dataset, list[data.Episode]]:
+    """-> dataset, and the labelled episodes to learn from.  official: pictures are resized for a
+    VQGAN; exact: refuse fewer than --labelled"""
+    dataset = data.open_dataset(c.data, image_size, c.where, official=official)
+    train_set, _ = dataset.split(c.held_out)
+    return dataset, data.labelled_few(train_set, c.labelled, c.seed, exact)
+
+
+def choose_bins(c: FinetuneConfig, meta: dict, actions: np.ndarray) -> list[np.ndarray]:
+    """-> bin edges, an array per dimension.  A body pretrained on actions (ACTIONVLA, VPT) keeps
+    its own with its action head; any other gets those of the labelled episodes' actions [M, A]."""
     if "bins" not in meta:
         return data.fit_bins(actions, c.bins, c.binary)
-    edges, width = [np.array(e) for e in meta["bins"]], actions.shape[1]
+    edges = [np.array(e) for e in meta["bins"]]
+    width = actions.shape[1]
     if len(edges) != width:
         common.fail(
-            f"{c.data}: actions have width {width}, --init_from {c.init_from} was "
-            f"trained on width {len(edges)}"
+            f"{c.data}: actions have width {width}, --init_from {c.init_from} was trained on width "
+            f"{len(edges)}"
         )
-    data.refuse_other_values(
-        edges, actions, f"--init_from {c.init_from}", guessed=meta["labels"] == "idm"
-    )
+    guessed = meta["labels"] == "idm"
+    data.refuse_other_values(edges, actions, f"--init_from {c.init_from}", guessed)
     return edges
 
 
-def train(c, given):
-    processes = common.Processes()
-    common.refuse_busy(c.out)
-    mine = processes.share(c)
-    weights, meta = common.load_checkpoint(c.init_from, "init_from", ("pretrain",))
-    tokenizer, shape = sequences.read_tokenizer(c.init_from), meta["model"]
-    vqgan = data.open_vqgan(c.init_from, "init_from", processes.device, shape)
-    dataset = data.open_dataset(c.data, shape["image_size"], c.where, official=vqgan is not None)
-    train_set, _ = dataset.split(c.held_out)
-    few = data.labelled_few(train_set, c.labelled, c.seed, exact="labelled" in given)
-    actions = np.concatenate([e.actions for e in few])
-    edges = choose_bins(c, meta, actions)
+def build_model(
+    c: FinetuneConfig,
+    weights: dict[str, object],
+    meta: dict,
+    tokenizer: Tokenizer,
+    processes: training.Processes,
+) -> tuple[VLA, list[str]]:
+    """--init_from's body without its latent head, with an action head -> model in its place, names
+    of fresh tensors.  A body pretrained on actions keeps its action head."""
+    shape = meta["model"] | {"latent_vocab": 0}
+    shape["action_vocab"] = shape["action_vocab"] or c.bins
     torch.manual_seed(c.seed)
     with common.refuse(f"--init_from {c.init_from}"):
-        model = build_vla(
-            VLAConfig(
-                **{**shape, "latent_vocab": 0, "action_vocab": shape["action_vocab"] or c.bins}
-            )
-        )
+        model = build_vla(VLAConfig(**shape))
         if c.lora_rank:
             add_low_rank(model, c.lora_rank, torch.bfloat16 if c.bf16 else torch.float32)
-        processes.shard(model, c, model.layers)
-        fresh = model.adopt(weights, sequences.opening_tags(tokenizer) if c.like_tag else None)
+        training.place(model, c, processes, model.layers)
+        fresh = model.load_pretrained(weights)
+        if c.like_tag:
+            model.start_from_tags(weights, fresh, sequences.opening_tags(tokenizer))
     new = [name for name in fresh if not name.endswith(LOW_RANK)]
     processes.say(
-        f"inherited {c.init_from} (pretrained on {meta['labels']} labels, step "
-        f"{meta['step']}); fresh: {', '.join(new) or 'nothing'}"
+        f"inherited {c.init_from} (pretrained on {meta['labels']} labels, step {meta['step']}); "
+        f"fresh: {', '.join(new) or 'nothing'}"
     )
-    processes.say(data.describe_bins(edges, actions))
-    bins = [data.to_bins(e.actions, edges) for e in few]
-    rows_of = sequences.Sequences(
-        tokenizer, model.config.image_tokens, meta["template"], c.length, c.official_cut
-    )
-    with common.refuse(c.data):
-        rows_of.check(few, bins, ACTION)
-    run = common.Run(
-        c,
-        processes,
-        "finetune",
-        model.config,
-        dataset=dataset.fingerprint,
-        init_from=common.fingerprint(c.init_from),
-        vqgan=vqgan and vqgan.mark,
-    )
+    return model, fresh
+
+
+def make_optimizer(model: VLA, c: FinetuneConfig, fresh: list[str]) -> Optimizer:
+    """AdamW; fresh tensors learn at head_lr x lr; the vision side stays frozen"""
     model.action_embed.weight.requires_grad_(not c.freeze_table)
     groups = model.parameter_groups(c.lr, c.head_lr, fresh, c.freeze_vision)
-    optimizer = common.make_optimizer(groups, betas=(0.9, 0.95), weight_decay=0.0)
-    meta = {
-        "labels": meta["labels"],
-        "template": meta["template"],
+    return training.make_optimizer(groups, betas=(0.9, 0.95), weight_decay=0.0)
+
+
+# ------------------------------------------------------------------------ training
+def train(c: FinetuneConfig, given: set[str]) -> None:
+    processes = training.start_processes()
+    common.refuse_busy(c.out)
+    local_rows = processes.local_rows(c.batch, c.accumulate)
+    weights, meta = common.load_checkpoint(c.init_from, "init_from", ("pretrain",))
+    tokenizer = sequences.read_tokenizer(c.init_from)
+    vqgan = data.open_vqgan(c.init_from, "init_from", processes.device, meta["model"])
+    exact = "labelled" in given  # a preset takes what there is
+    dataset, labelled = open_data(c, meta["model"]["image_size"], vqgan is not None, exact)
+    actions = np.concatenate([episode.actions for episode in labelled])
+    edges = choose_bins(c, meta, actions)
+    bins = [data.to_bins(episode.actions, edges) for episode in labelled]
+    model, fresh = build_model(c, weights, meta, tokenizer, processes)
+    processes.say(data.describe_bins(edges, actions))
+    image_tokens = model.config.image_tokens
+    rows = sequences.Sequences(tokenizer, image_tokens, meta["template"], c.length, c.official_cut)
+    with common.refuse(c.data):
+        rows.check(labelled, bins, ACTION)
+    frame_counts = [len(answer) for answer in bins]
+    sample_frames = data.FrameSampler(labelled, frame_counts, c.seed, c.batch, local_rows)
+
+    def load_rows(step: int) -> dict[str, Tensor | None]:
+        return rows.batch(labelled, bins, ACTION, sample_frames(step), processes.device)
+
+    run = open_run(c, processes, model, dataset, meta, edges, tokenizer, vqgan)
+    optimizer = make_optimizer(model, c, fresh)
+    run.resume(model, optimizer)
+    if vqgan and not c.shift:  # shifted pictures are tokenized as they come, others once
+        data.add_codes(dataset, labelled, vqgan, processes)
+    processes.say(
+        len(labelled), "labelled episodes,", sum(frame_counts), "actions,", processes.device
+    )
+    soft = data.soft_widths(edges, c.soft_bins)
+
+    for step, batch in run.steps(data.stream(load_rows, run.start, c.steps), "rows"):
+        batch = sequences.augment(batch, c.shift, vqgan, c.batch, local_rows)
+        losses, accuracies = [], []
+        for part in training.micro_batches(model, batch, c.accumulate):
+            with processes.autocast(c.bf16):
+                loss, accuracy = loss_of(model, part, soft)
+            if not math.isfinite(loss.item()):
+                run.refuse_loss(loss, step, sample_frames.episode_ids(step))
+            (loss / c.accumulate).backward()
+            losses.append(loss.detach())
+            accuracies.append(accuracy)
+        training.set_learning_rate(optimizer, step, c.steps, c.warmup, c.final_lr)
+        grad_norm = training.clip_gradients(optimizer, c.clip, processes)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if run.log_due(step):
+            numbers = {
+                "loss": torch.stack(losses).mean(),
+                "accuracy": torch.stack(accuracies).mean(),
+            }
+            run.log(step, numbers | {"grad_norm": grad_norm})
+        if run.save_due(step):
+            run.save(step, model, optimizer, partial(merged_weights, model, weights))
+    run.finish()
+
+
+def open_run(
+    c: FinetuneConfig,
+    processes: training.Processes,
+    model: VLA,
+    dataset: data.Dataset,
+    pretrained: dict,
+    edges: list[np.ndarray],
+    tokenizer: Tokenizer,
+    vqgan: nn.Module | None,
+) -> training.Run:
+    """The run folder, with what a resumed run has to agree on and what a policy needs.
+
+    pretrained: config.json of --init_from"""
+    identity = {
+        "dataset": dataset.fingerprint,
+        "init_from": common.fingerprint(c.init_from),
+        "vqgan": vqgan and vqgan.mark,
+    }
+    notes = {
+        "labels": pretrained["labels"],
+        "template": pretrained["template"],
         "bins": [list(e) for e in edges],
     }
     files = {"tokenizer.json": tokenizer.to_str()}
     if vqgan:
-        meta["vqgan"], files["vqgan.safetensors"] = vqgan.config.__dict__, vqgan.file
-    which = lambda step: data.draw(c.seed, step, c.batch, [len(b) for b in bins])[mine]
-    run.restore(
-        model,
-        optimizer,
-        meta,
-        files,
-        lambda step: [few[e].id for e, _ in which(step)],
-        lambda: merged(model, weights),
-    )
-    if vqgan and not c.shift:  # shifted pictures are tokenised as they come, others once
-        data.add_codes(dataset, few, vqgan, processes)
-    processes.say(len(few), "labelled episodes,", sum(map(len, bins)), "actions,", processes.device)
-
-    soft = data.soft_widths(edges, c.soft_bins)
-    rows = lambda step: rows_of.batch(few, bins, ACTION, which(step), processes.device)
-    for step, batch in run.loop("rows", data.stream(rows, run.start, c.steps)):
-        batch = sequences.augment(batch, c.shift, vqgan, c.batch, mine)
-        loss, right = processes.backward(
-            model, c, lambda part: loss_of(model, part, soft), batch, run.culprits
-        )
-        norm = common.optimizer_step(optimizer, processes, c, step)
-        run.end_step({"loss": loss, "accuracy": right, "grad_norm": norm})
-    run.finish()
+        notes["vqgan"] = vqgan.config.__dict__
+        files["vqgan.safetensors"] = vqgan.file
+    return training.Run(c, processes, "finetune", model.config, identity, notes, files)
 
 
 if __name__ == "__main__":

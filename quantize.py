@@ -2,7 +2,7 @@
 
 An encoder looks at a frame and a frame 0.6 s later and writes down 4 codes out of 8; a decoder must
 draw the later frame from the first one and those codes.  No action labels are used.  Afterwards
-every frame of the dataset is labelled with its latent action, and a report card is written.
+every frame of the dataset is labeled with its latent action, and a report card is written.
 
     python quantize.py --data data/tabletop --out runs/demo/quantize --preset tiny     # laptop
     python quantize.py --data D --out O --preset lapa                                  # one GPU
@@ -10,34 +10,45 @@ every frame of the dataset is labelled with its latent action, and a report card
     python quantize.py label --laq O --data OTHER --out other.safetensors    # label more videos
     python quantize.py report --laq O --data OTHER --out reports/other     # report card on them"""
 
+import math
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 import common
 import data
-from model import LAQ, LAQConfig
+import training
+from common import option
+from model import LAQ, LAQConfig, load_strictly
 
 
 @dataclass(kw_only=True)
-class QuantizeConfig(LAQConfig, common.TrainConfig):
-    """The options of this stage, on top of the network's shape."""
+class QuantizeConfig(LAQConfig, training.TrainConfig):
+    """The options of this stage, on top of the network's shape"""
 
-    window: float = 0.6  # seconds from x_t to x_{t+H} (paper: 0.6; Something-Something 2.5)
-    shift: float = 0.0  # common random shift of what the encoder sees, as a share of the image
-    shift_from: int = 0  # step at which the shift starts to grow from 0
-    shift_until: int = 0  # step from which it is whole
-    steps: int = 100_000
-    batch: int = 64  # pairs a step, over all processes
-    lr: float = 1e-4  # Adam, betas 0.9/0.99, no weight decay (code)
-    codebook_lr: float = 1.0  # codebook rate relative to lr
-    codebook_pull: float = 0.0  # share of the way a used entry moves to its outputs' mean each step
-    clip: float = 0.5  # gradient norm
-    replace_below: float = 0.1  # an entry used less than this share of a fair share is dead
+    window: float = option(0.6, "seconds from x_t to x_{t+H} (paper: 0.6; Something-Something 2.5)")
+    shift: float = option(
+        0.0, "common random shift of what the encoder sees, as a fraction of the image"
+    )
+    shift_from: int = option(0, "step at which the shift starts to grow from 0")
+    shift_until: int = option(0, "step from which on it is whole")
+    steps: int = option(100_000, "optimization steps")
+    batch: int = option(64, "pairs per step, over all processes")
+    lr: float = option(1e-4, "Adam, betas 0.9/0.99, no weight decay (code)")
+    codebook_lr: float = option(1.0, "codebook rate relative to lr")
+    codebook_pull: float = option(
+        0.0, "fraction of the way that a used entry moves to the mean of its outputs each step"
+    )
+    clip: float = option(0.5, "largest gradient norm")
+    replace_below: float = option(
+        0.1, "an entry used less than this fraction of a fair share is dead"
+    )
 
 
 PRESETS = {
@@ -91,119 +102,166 @@ PRESETS = {
 
 
 # ------------------------------------------------------------------------ training
-def replacement_due(step, official=False):
-    """Dead codes are replaced often at first, then every 50 steps; officially before step 5000"""
-    if official:
-        return 0 < step < 5000 and step % (10 if step < 100 else 100 if step < 1000 else 500) == 0
-    return step > 0 and step % (10 if step < 100 else 50) == 0
-
-
-def train_step(model, optimizer, processes, c, step, pair, who=str):
-    """One optimization step on this process's pairs [B, 2, 3, H, W] in [0, 1] -> numbers to log"""
-    mine = processes.share(c)
-    # Codes first have to help the decoder at all: the shift grows once they begin to.
-    grown = (step - c.shift_from + 1) / max(1, c.shift_until - c.shift_from)
-    share = c.shift * min(1.0, max(0.0, grown))
-    seen = data.random_shift(pair, share, c.batch, mine) if share else None
-    noise = torch.randn(c.batch, c.code_len, c.quant_dim)[mine].to(pair.device)
-    loss, d, indices = processes.backward(
-        model, c, lambda part: model(**part), {"pair": pair, "seen": seen, "noise": noise}, who
-    )
-    norm = common.optimizer_step(optimizer, processes, c, step)
-    d, indices = processes.gather(d.detach()), processes.gather(indices)
-    model.quantizer.count(d, indices, c.codebook_pull)
-    if replacement_due(step + 1, c.official_counting):
-        model.quantizer.replace_dead(d, c.replace_below)
-    return {"loss": loss, "codes": len(indices.unique()), "grad_norm": norm}
-
-
-def make_optimizer(model, c):
-    codebook = model.quantizer.codebook
-    rest = [p for p in model.parameters() if p is not codebook]
-    groups = [{"params": rest, "lr": c.lr}, {"params": [codebook], "lr": c.lr * c.codebook_lr}]
-    return common.make_optimizer(groups, torch.optim.Adam, betas=(0.9, 0.99))
-
-
-def train(c):
-    processes = common.Processes()
+def train(c: QuantizeConfig) -> None:
+    processes = training.start_processes()
     common.refuse_busy(c.out)
-    if (Path(c.out) / "latest").is_file():
-        meta = common.open_checkpoint(c.out, "out", ("quantize",))[1]
-        c.code_relu = laq_shape(meta)["code_relu"]
-    shape = LAQConfig(**{f.name: getattr(c, f.name) for f in fields(LAQConfig)})
-    torch.manual_seed(c.seed)
-    with common.refuse("network"):
-        model = LAQ(shape)
-    mine = processes.share(c)
+    model = build_model(c)
+    local_rows = processes.local_rows(c.batch, c.accumulate)
     dataset = data.open_dataset(c.data, c.image_size, c.where)
     train_set, held_out = dataset.split(c.held_out)
-    run = common.Run(c, processes, "quantize", shape, dataset=dataset.fingerprint)
-    processes.shard(model, c, model.blocks, whole=[model.quantizer.codebook])
-    optimizer = make_optimizer(model, c)
-    lengths = [len(e.frames) for e in train_set]
-    which = lambda step: data.draw(c.seed, step, c.batch, lengths)[mine]
-    run.restore(
-        model,
-        optimizer,
-        {"window": c.window},
-        {},
-        lambda step: [train_set[e].id for e, _ in which(step)],
-    )
-    size = sum(p.numel() for p in model.parameters())
+    frame_counts = [len(episode.frames) for episode in train_set]
+    sample_frames = data.FrameSampler(train_set, frame_counts, c.seed, c.batch, local_rows)
+
+    def load_pairs(step: int) -> Tensor:
+        pairs = data.frame_pairs(train_set, sample_frames(step), c.window)
+        return data.to_float(pairs, processes.device)  # B 2 3 H W
+
+    identity = {"dataset": dataset.fingerprint}
+    run = training.Run(c, processes, "quantize", model.config, identity, {"window": c.window})
+    training.place(model, c, processes, model.blocks, unsharded=[model.quantizer.codebook])
+    optimizer = make_optimizer(model, c.lr, c.codebook_lr)
+    run.resume(model, optimizer)
     processes.say(
-        f"LAQ of {size:,} parameters, {len(train_set)} episodes to learn from, "
-        f"{len(held_out)} held out, {processes.device}"
+        f"LAQ of {sum(p.numel() for p in model.parameters()):,} parameters, {len(train_set)} "
+        f"episodes to learn from, {len(held_out)} held out, {processes.device}"
     )
 
-    batch = lambda step: data.to_float(
-        data.frame_pairs(train_set, which(step), c.window), processes.device
-    )
-    for step, pair in run.loop("pairs", data.stream(batch, run.start, c.steps)):
-        run.end_step(train_step(model, optimizer, processes, c, step, pair, run.culprits))
-    summary, files = {}, []
-    if processes.main:
-        model, _ = load_laq(run.out, "out")
-        with processes.autocast(c):
-            files = [
-                write_labels(model, run.found, dataset, c.window, run.out / "labels.safetensors")
-            ]
-            if held_out:
-                summary, more = report_card(model, train_set, held_out, c.window, run.out, c.seed)
-                files += more
+    for step, pair in run.steps(data.stream(load_pairs, run.start, c.steps), "pairs"):
+        shift = shift_at(step, c.shift, c.shift_from, c.shift_until)
+        seen = data.random_shift(pair, shift, c.batch, local_rows) if shift else None
+        noise = torch.randn(c.batch, c.code_len, c.quant_dim)[local_rows].to(pair.device)
+        batch = {"pair": pair, "seen": seen, "noise": noise}
+        results = []
+        for part in training.micro_batches(model, batch, c.accumulate):
+            with processes.autocast(c.bf16):
+                loss, d, indices = model(**part)
+            if not math.isfinite(loss.item()):
+                run.refuse_loss(loss, step, sample_frames.episode_ids(step))
+            (loss / c.accumulate).backward()
+            results.append((loss.detach(), d.detach(), indices))
+        training.set_learning_rate(optimizer, step, c.steps, c.warmup, c.final_lr)
+        grad_norm = training.clip_gradients(optimizer, c.clip, processes)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses, d, indices = zip(*results, strict=True)
+        codes = update_codebook(model, torch.cat(d), torch.cat(indices), c, step, processes)
+        if run.log_due(step):
+            loss = torch.stack(losses).mean()
+            run.log(step, {"loss": loss, "codes": codes, "grad_norm": grad_norm})
+        if run.save_due(step):
+            run.save(step, model, optimizer)
+    summary, files = label_and_report(c, run, dataset) if processes.main else ({}, [])
     run.finish(summary, files)
 
 
+def build_model(c: QuantizeConfig) -> LAQ:
+    """A fresh LAQ of the shape that the options give"""
+    if (Path(c.out) / "latest").is_file():  # a run of older code is continued in its own shape
+        _, meta = common.open_checkpoint(c.out, "out", ("quantize",))
+        c.code_relu = laq_shape(meta)["code_relu"]
+    shape = LAQConfig(**{field.name: getattr(c, field.name) for field in fields(LAQConfig)})
+    torch.manual_seed(c.seed)
+    with common.refuse("network"):
+        return LAQ(shape)
+
+
+def make_optimizer(model: LAQ, lr: float, codebook_lr: float) -> Optimizer:
+    """Adam; the codebook learns at codebook_lr x lr"""
+    codebook = model.quantizer.codebook
+    others = [parameter for parameter in model.parameters() if parameter is not codebook]
+    groups = [{"params": others, "lr": lr}, {"params": [codebook], "lr": lr * codebook_lr}]
+    return training.make_optimizer(groups, torch.optim.Adam, betas=(0.9, 0.99))
+
+
+def update_codebook(
+    model: LAQ,
+    d: Tensor,
+    indices: Tensor,
+    c: QuantizeConfig,
+    step: int,
+    processes: training.Processes,
+) -> int:
+    """After the optimizer's step: the codebook follows the encoder outputs d [B, K, Q] and indices
+    [B, K] of all processes, and dead codes come back -> how many codes the batch used"""
+    d = processes.gather(d)
+    indices = processes.gather(indices)
+    model.quantizer.count(d, indices, c.codebook_pull)
+    if replacement_due(step + 1, c.official_counting):
+        model.quantizer.replace_dead(d, c.replace_below)
+    return len(indices.unique())
+
+
+def shift_at(step: int, largest: float, first: int, whole: int) -> float:
+    """The common random shift at a step.  Codes first have to help the decoder at all: it grows
+    from step `first` on and is whole at step `whole`."""
+    growth = (step - first + 1) / max(1, whole - first)
+    return largest * min(1.0, max(0.0, growth))
+
+
+def replacement_due(step: int, official: bool = False) -> bool:
+    """Dead codes are replaced often at first, then every 50 steps; officially before step 5000"""
+    if official:
+        every = 10 if step < 100 else 100 if step < 1000 else 500
+        return 0 < step < 5000 and step % every == 0
+    return step > 0 and step % (10 if step < 100 else 50) == 0
+
+
 # ------------------------------------------------------------------------ labels, report card
-def label(model, episodes, window, batch=256):
+def label(
+    model: LAQ, episodes: list[data.Episode], window: float, batch: int = 256
+) -> dict[str, np.ndarray]:
     """The latent action of every frame of every episode -> {id: int64 [T, K]}"""
     device = next(model.parameters()).device
-    rows = [(e, t) for e, episode in enumerate(episodes) for t in range(len(episode.frames))]
+    frames = [(e, t) for e, episode in enumerate(episodes) for t in range(len(episode.frames))]
     codes = []
-    for at in tqdm(range(0, len(rows), batch), desc="labels", leave=False, mininterval=1.0):
-        pair = data.frame_pairs(episodes, rows[at : at + batch], window)
-        codes.append(model.label(data.to_float(pair, device)).cpu().numpy())
-    ends = np.cumsum([len(e.frames) for e in episodes])[:-1]
-    return {e.id: part for e, part in zip(episodes, np.split(np.concatenate(codes), ends))}
+    for at in tqdm(range(0, len(frames), batch), desc="labels", leave=False, mininterval=1.0):
+        pairs = data.frame_pairs(episodes, frames[at : at + batch], window)
+        codes.append(model.label(data.to_float(pairs, device)).cpu().numpy())
+    ends = np.cumsum([len(episode.frames) for episode in episodes])[:-1]
+    per_episode = np.split(np.concatenate(codes), ends)
+    return {episode.id: rows for episode, rows in zip(episodes, per_episode, strict=True)}
 
 
-def write_labels(model, checkpoint, dataset, window, path):
-    data.save_labels(
-        path,
-        label(model, dataset.episodes, window),
-        {
-            "laq": common.fingerprint(checkpoint),
-            "window": window,
-            "dataset": dataset.fingerprint,
-            "codebook_size": model.config.codebook_size,
-            "code_len": model.config.code_len,
-        },
-    )
+def write_labels(
+    model: LAQ, checkpoint: Path, dataset: data.Dataset, window: float, path: Path
+) -> Path:
+    """Label a whole dataset into a labels file, which remembers by what and of what -> its path"""
+    meta = {
+        "laq": common.fingerprint(checkpoint),
+        "window": window,
+        "dataset": dataset.fingerprint,
+        "codebook_size": model.config.codebook_size,
+        "code_len": model.config.code_len,
+    }
+    data.save_labels(path, label(model, dataset.episodes, window), meta)
     return path
 
 
-def report_card(model, train_set, held_out, window, out, seed):
-    """Report card and atlas (see analysis/report_card.py) -> numbers, files written; nothing in a
-    copy of the code that has no analysis room"""
+def label_and_report(
+    c: QuantizeConfig, run: training.Run, dataset: data.Dataset
+) -> tuple[dict, list[Path]]:
+    """The end of a run: label the dataset, write the report card -> its numbers, files written"""
+    model, _ = load_laq(run.out, "out")
+    train_set, held_out = dataset.split(c.held_out)
+    with run.processes.autocast(c.bf16):
+        labels = run.out / "labels.safetensors"
+        files = [write_labels(model, run.last_checkpoint, dataset, c.window, labels)]
+        if not held_out:
+            return {}, files
+        numbers, more = report_card(model, train_set, held_out, c.window, run.out, c.seed)
+    return numbers, files + more
+
+
+def report_card(
+    model: LAQ,
+    train_set: list[data.Episode],
+    held_out: list[data.Episode],
+    window: float,
+    out: Path,
+    seed: int,
+) -> tuple[dict, list[Path]]:
+    """Report card and atlas (analysis/report_card.py) -> numbers, files written; nothing where the
+    analysis room was deleted"""
     try:
         from analysis.report_card import report
     except ModuleNotFoundError as error:
@@ -216,43 +274,50 @@ def report_card(model, train_set, held_out, window, out, seed):
 # ------------------------------------------------------------------------ more videos
 @dataclass
 class ApplyConfig:
-    laq: str  # a quantize run or a converted checkpoint
-    data: str  # dataset folder
-    out: str  # label: file to write (.safetensors); report: folder
-    where: str = ""  # keep episodes with these fields
-    held_out: int = 50  # report: episodes it is about; the probe is fitted on the others
-    window: float = 0.0  # seconds; 0: the window the LAQ was trained with
-    bf16: bool = False  # bfloat16 arithmetic; unless named: as the LAQ was trained
-    seed: int = 0
+    """The options of `label` and `report`"""
+
+    laq: str = option(help="a quantize run or a converted checkpoint")
+    data: str = option(help="dataset folder")
+    out: str = option(help="label: file to write (.safetensors); report: folder")
+    where: str = option("", "keep episodes with these fields")
+    held_out: int = option(
+        50, "report: episodes it is about; the probe is fitted on the others; 0: all", 0
+    )
+    window: float = option(0.0, "seconds; 0: the window the LAQ was trained with")
+    bf16: bool = option(False, "bfloat16 arithmetic; unless named: as the LAQ was trained")
+    seed: int = option(0, "report: which pairs it looks at")
 
 
-def laq_shape(meta):
+def laq_shape(meta: dict) -> dict:
     """A checkpoint's network.  Our own ones that do not tell have the ReLU of older code."""
     shape = meta["model"]
     return {"code_relu": not shape.get("official_peg", False), **shape}
 
 
-def load_laq(path, option="laq"):
+def load_laq(path: str | Path, option: str = "laq") -> tuple[LAQ, dict]:
     """A checkpoint's LAQ, in evaluation mode, and its meta"""
     weights, meta = common.load_checkpoint(path, option, ("quantize",))
     with common.refuse(f"--{option} {path}"):
         model = LAQ(LAQConfig(**laq_shape(meta)))
-        common.load_strictly(model, weights)
-    return model.to(common.Processes().device).eval(), meta
+        load_strictly(model, weights)
+    return model.to(training.set_up_device()).eval(), meta
 
 
-def apply(command, c, given):
+def apply(command: str, c: ApplyConfig, given: set[str]) -> None:
+    """Label other videos, or write a report card on them, with a finished LAQ"""
     model, meta = load_laq(c.laq)
+    device = next(model.parameters()).device
     window = c.window or meta["window"]
-    if "bf16" not in given:
-        c.bf16 = meta.get("options", {}).get("bf16", False)
+    bf16 = c.bf16 if "bf16" in given else meta.get("options", {}).get("bf16", False)
     dataset = data.open_dataset(c.data, model.config.image_size, c.where)
-    with common.Processes().autocast(c):
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         if command == "label":
             files = [write_labels(model, common.latest(c.laq), dataset, window, Path(c.out))]
         else:
             train_set, held_out = dataset.split(c.held_out)
-            _, files = report_card(model, train_set, held_out or train_set, window, c.out, c.seed)
+            _, files = report_card(
+                model, train_set, held_out or train_set, window, Path(c.out), c.seed
+            )
     print("wrote", ", ".join(map(str, files)))
 
 

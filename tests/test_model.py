@@ -20,6 +20,7 @@ import finetune
 import model
 import pretrain
 import quantize
+import training
 import sequences
 from model import ACTION, LAQ, LATENT, TEXT, VISION, VLA, LAQConfig, VLAConfig, code_cnn, nearest
 from official import convert
@@ -237,17 +238,22 @@ def test_a_collapsed_codebook_heals(first, official_rule):
     torch.manual_seed(0)
     net = LAQ(LAQConfig(**{f.name: getattr(c, f.name) for f in fields(LAQConfig)}))
     net.quantizer.codebook.data.fill_(50.0)
-    optimizer, processes = quantize.make_optimizer(net, c), common.Processes()
+    optimizer = quantize.make_optimizer(net, c.lr, c.codebook_lr)
+    processes = training.start_processes()
     c.steps, most = 2000, 0
     for step in range(first, first + 200):
         rng = np.random.default_rng(step)
         t, table = rng.integers(10, size=16), rng.integers(64, size=16)
         pair = np.stack(frames)[[t, t + 3], table].swapaxes(0, 1)
-        common.seed_step(c.seed, step)
-        most = max(
-            most,
-            quantize.train_step(net, optimizer, processes, c, step, data.to_float(pair))["codes"],
-        )
+        training.seed_step(c.seed, step)
+        loss, d, indices = net(data.to_float(pair))
+        loss.backward()
+        training.set_learning_rate(optimizer, step, c.steps, c.warmup, c.final_lr)
+        training.clip_gradients(optimizer, c.clip, processes)
+        optimizer.step()
+        optimizer.zero_grad()
+        codes = quantize.update_codebook(net, d.detach(), indices, c, step, processes)
+        most = max(most, codes)
         if most == 8:
             break
     assert (most == 8) != official_rule
@@ -282,13 +288,10 @@ def test_two_processes_train_one_checkpoint(start, make_dataset, tmp_path):
     assert done.returncode == 0, done.stderr
     assert [p.name for p in out.glob("step_*")] == ["step_00000004"]
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 4
-    processes = common.Processes()
-    processes.world, processes.rank = 2, 1
-    c = quantize.QuantizeConfig(data="", out="", batch=8)
-    assert processes.share(c) == slice(4, 8)
-    c.accumulate = 3
+    processes = training.Processes(rank=1, world=2, device=torch.device("cpu"))
+    assert processes.local_rows(batch=8, accumulate=1) == slice(4, 8)
     with pytest.raises(SystemExit):
-        processes.share(c)
+        processes.local_rows(batch=8, accumulate=3)
 
 
 # ---------------------------------------------------------------- the VLA
@@ -419,7 +422,7 @@ def test_low_rank_changes_begin_at_nothing_from_the_meta_device_on(vla):
         net = VLA(vla.config)
     finetune.add_low_rank(net, 2, torch.bfloat16)
     c = finetune.FinetuneConfig(data="", out="", init_from="")
-    common.Processes().shard(net, c, net.layers)
+    training.place(net, c, training.start_processes(), net.layers)
     assert all(name.endswith(model.LOW_RANK) for name in net.adopt(vla.state_dict()))
     assert net.layers[0].wq.weight.dtype == torch.bfloat16
     rows = SEQUENCES.rows(TEXTS, [[1, 2]] * 3, ACTION)
@@ -434,7 +437,7 @@ def test_a_model_from_the_meta_device_begins_as_one_that_was_built_in_place(vla)
         net = VLA(vla.config)
     c = pretrain.PretrainConfig(data="", out="")
     torch.manual_seed(0)
-    common.Processes().shard(net, c, net.layers)
+    training.place(net, c, training.start_processes(), net.layers)
     for name, tensor in VLA(vla.config).state_dict().items():
         found = net.state_dict()[name]
         if "norm" in name or name == "patch_position":

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 import common
 import quantize
+import training
 from model import LAQ, LAQConfig
 
 TWO = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2
@@ -83,16 +84,21 @@ def train_rank(rank, folder, port):
     c = quantize.QuantizeConfig(
         data="", out="", **{**quantize.PRESETS["tiny"], "batch": 8, "steps": 20, "warmup": 0}
     )
-    processes = common.Processes()
+    processes = training.start_processes()
     torch.manual_seed(0)
     net = LAQ(LAQConfig(**{name: getattr(c, name) for name in LAQConfig.__dataclass_fields__}))
     net.quantizer.codebook.data.fill_(30)
-    processes.shard(net, c, net.blocks, whole=[net.quantizer.codebook])
-    optimizer = quantize.make_optimizer(net, c)
+    training.place(net, c, processes, net.blocks, unsharded=[net.quantizer.codebook])
+    optimizer = quantize.make_optimizer(net, c.lr, c.codebook_lr)
     pairs = torch.from_numpy(np.random.default_rng(0).random((8, 2, 3, 32, 32), np.float32))
     for step in range(20):
-        common.seed_step(c.seed, step)
-        quantize.train_step(net, optimizer, processes, c, step, pairs[processes.share(c)])
+        training.seed_step(c.seed, step)
+        loss, d, indices = net(pairs[processes.local_rows(c.batch, c.accumulate)])
+        loss.backward()
+        training.clip_gradients(optimizer, c.clip, processes)
+        optimizer.step()
+        optimizer.zero_grad()
+        quantize.update_codebook(net, d.detach(), indices, c, step, processes)
     torch.save((net.quantizer.codebook.data, net.quantizer.uses), f"{folder}/{rank}.pt")
     processes.close()
 
@@ -145,25 +151,29 @@ def read(path):
 SAVER = """
 import os, signal, sys, time, random, contextlib
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
-import common
+import common, training
 from test_stages import make_run
 import torch
 torch.set_num_threads(1)
 common.tqdm.monitor_interval = 0
 random.seed(0)
 out, last = {out!r}, 0
-make_run(out + ".warm")[0].save(1)  # what is slow the first time
+run, net, optimizer = make_run(out + ".warm")
+run.save(0, net, optimizer)  # what is slow the first time
 make_run(out + ".warm", resume=True)
 for trial in range(20):
     child = os.fork()
     if not child:
-        run, net = make_run(out, resume=True)
-        for step, _ in run.loop("x", iter(int, 1)):
+        run, net, optimizer = make_run(out, resume=True)
+        for step, _ in run.steps(iter(int, 1), "x"):
             net.weight.data.fill_(step + 1)
-            (run.model(torch.ones(2)).sum() * 0).backward()
-            common.optimizer_step(run.optimizer, run.processes, run.c, step)
+            (net(torch.ones(2)).sum() * 0).backward()
+            training.clip_gradients(optimizer, 1.0, run.processes)
+            optimizer.step()
+            optimizer.zero_grad()
             net.weight.data.fill_(step + 1)
-            run.end_step({{}})
+            run.log(step, {{}})
+            run.save(step, net, optimizer)
     time.sleep(0.4 + random.random() * 0.4)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
@@ -203,7 +213,7 @@ def test_signals_end_a_run_behind_its_step(trained, tmp_path, kind):
         time.sleep(0.1)
     launched.send_signal(kind)
     said = launched.communicate(timeout=60)[0]
-    assert launched.returncode == 128 + kind and "stopped by a signal behind step" in said
+    assert launched.returncode == 128 + kind and "stopped by a signal after step" in said
     assert "Traceback" not in said
     step = json.loads((common.latest(tmp_path / "out") / "config.json").read_text())["step"]
     assert f"behind step {step};" in said and len(losses(tmp_path / "out")) == step

@@ -28,6 +28,7 @@ import evaluate
 import finetune
 import pretrain
 import quantize
+import training
 import sequences
 from analysis import report_card
 from model import LAQ, LAQConfig
@@ -45,13 +46,15 @@ WAVES = [  # what stands in one wave runs side by side
         "check": "data.py check DIR/table",
         "laq": f"quantize.py {SHORT} --data DIR/table --out DIR/laq --held_out 2",
         "base": f"pretrain.py {SHORT} --labels caption --data DIR/scenes --out DIR/base",
+        "guesses": "-m baselines.inverse_dynamics --preset tiny --steps 2 --data DIR/table "
+        "--held_out 2 --labelled 6 --out DIR/guesses.safetensors",
     },
     {
         "label": f"quantize.py label {LABELLED} --out DIR/labels.safetensors",
         "report": f"quantize.py report {LABELLED} --out DIR/report --held_out 2",
         "latent": f"{PRETRAIN} --labels latent --laq DIR/laq --out DIR/latent",
         "action": f"{PRETRAIN} --labels action --out DIR/action",
-        "idm": f"{PRETRAIN} --labels idm --labelled 6 --idm_steps 2 --out DIR/idm",
+        "idm": f"{PRETRAIN} --labels idm --labels_file DIR/guesses.safetensors --out DIR/idm",
     },
     {
         "LAPA": f"{FINETUNE} --init_from DIR/latent --out DIR/LAPA",
@@ -275,8 +278,8 @@ REFUSALS = [
     (f"{PRETRAIN} --laq DIR/none --out OUT", "--laq DIR/none"),
     (f"{PRETRAIN} --labels guess --out OUT", "--labels 'guess'"),
     # labels of another LAQ
-    (f"{PRETRAIN} --laq BAD/laq --latents DIR/labels.safetensors --out OUT", "label again"),
-    (f"{PRETRAIN} --laq DIR/laq --latents BAD/laq/labels.safetensors --out OUT", "another dataset"),
+    (f"{PRETRAIN} --laq BAD/laq --labels_file DIR/labels.safetensors --out OUT", "label again"),
+    (f"{PRETRAIN} --laq DIR/laq --labels_file BAD/laq/labels.safetensors --out OUT", "another dataset"),
     (f"{PRETRAIN} --labels caption --out OUT", "field captions"),
     (f"{PRETRAIN} --labels action --out OUT --dim 64", "--dim 64"),
     (f"{PRETRAIN} --labels action --out OUT --image_size 16", "--image_size 16"),
@@ -360,11 +363,11 @@ def test_errors_end_a_process_with_code_2_and_one_line(start, tmp_path):
 # ---------------------------------------------------------------- options
 @dataclass(kw_only=True)
 class Options:
-    out: str  # where to write
-    preset: str = "small"  # named size
-    steps: int = 10  # how many steps
-    rate: float = 0.5  # learning rate, at its peak
-    resume: bool = False  # continue
+    out: str = common.option(help="where to write")
+    preset: str = common.option("small", "named size")
+    steps: int = common.option(10, "how many steps")
+    rate: float = common.option(0.5, "learning rate, at its peak")
+    resume: bool = common.option(False, "continue")
 
 
 PRESETS = {"small": {"steps": 3}, "large": {"steps": 1000, "rate": 0.1}}
@@ -425,12 +428,13 @@ def test_help_lists_every_option_with_its_comment(capsys):
 def test_help_of_the_stages(module, inside, capsys):
     cls = getattr(module, module.__name__.capitalize() + "Config")
     assert inside(f"{module.__name__}.py", "--help") == 0
-    said, names = capsys.readouterr().out, {f.name for f in fields(cls)}
-    for name in names:
-        help = " ".join(common.option_help(cls)[name].split())
-        assert f"  --{name} " in said and help in " ".join(said.split()), name
+    said = capsys.readouterr().out
+    for field in fields(cls):
+        help = field.metadata["help"]
+        assert help and f"  --{field.name} " in said and help in " ".join(said.split()), field.name
     for preset, values in getattr(module, "PRESETS", {}).items():
-        assert f"preset {preset}:" in said and values.keys() <= names
+        assert f"preset {preset}:" in said
+        assert values.keys() <= {field.name for field in fields(cls)}
 
 
 # ---------------------------------------------------------------- checkpoints and resuming
@@ -440,36 +444,38 @@ def training_state(checkpoint):
 
 
 def make_run(out, **more):
-    """A Run of a network of one weight, and that network"""
+    """A Run of a network of one weight, that network, and its optimizer"""
     c = quantize.QuantizeConfig(data="", out=str(out), steps=10**6, save_every=1, **more)
     net = torch.nn.Linear(2, 1, bias=False)
-    run = common.Run(c, common.Processes(), "quantize", LAQConfig())
-    optimizer = common.make_optimizer([{"params": list(net.parameters()), "lr": 0.1}])
-    run.restore(net, optimizer, {}, {"words.json": "[]"}, lambda step: [])
-    return run, net
+    processes = training.start_processes()
+    run = training.Run(c, processes, "quantize", LAQConfig(), {}, files={"words.json": "[]"})
+    optimizer = training.make_optimizer([{"params": list(net.parameters()), "lr": 0.1}])
+    run.resume(net, optimizer)
+    return run, net, optimizer
 
 
 def test_a_resumed_run_has_its_own_learning_rate_and_kernel(tmp_path):
-    run, net = make_run(tmp_path / "run")
-    run.optimizer.param_groups[0]["peak"] = 7.0
-    for run.step in range(2):
+    run, net, optimizer = make_run(tmp_path / "run")
+    optimizer.param_groups[0]["peak"] = 7.0
+    for step in range(2):
         net(torch.ones(1, 2)).sum().backward()
-        run.optimizer.step()
-        run.end_step({})
-    moments = run.optimizer.state[net.weight]["exp_avg"].clone()
-    again, net = make_run(tmp_path / "run", resume=True, bf16=True)
-    group = again.optimizer.param_groups[0]
+        optimizer.step()
+        run.save(step, net, optimizer)
+    moments = optimizer.state[net.weight]["exp_avg"].clone()
+    run.log_file.close()
+    again, net, optimizer = make_run(tmp_path / "run", resume=True, bf16=True)
+    group = optimizer.param_groups[0]
     assert again.start == 2 and group["fused"] is True and group["peak"] == 0.1
-    assert torch.equal(again.optimizer.state[net.weight]["exp_avg"], moments)
+    assert torch.equal(optimizer.state[net.weight]["exp_avg"], moments)
 
 
 def test_checkpoints_are_whole_pointed_at_and_pruned(tmp_path, capsys):
     out = tmp_path / "run"
-    run, net = make_run(out, keep=2)
+    run, net, optimizer = make_run(out, keep=2)
     (out / ".step_00000003.draft").mkdir(parents=True)  # what a killed process leaves
     for step in (1, 2, 4):
         net.weight.data.fill_(step)
-        run.save(step)
+        run.save(step - 1, net, optimizer)
         assert common.latest(out).name == f"step_0000000{step}"
     assert sorted(p.name for p in out.iterdir()) == [
         "latest",
@@ -538,7 +544,7 @@ def test_resuming_changes_nothing(runs, inside, tmp_path, line):
 # ---------------------------------------------------------------- what happens on other machines
 def test_a_second_run_into_a_folder_in_use_is_refused(runs, start, tmp_path):
     """Also before there is a checkpoint, and when it would resume"""
-    run, _ = make_run(tmp_path / "run")
+    run, _, _ = make_run(tmp_path / "run")
     for more in ((), ("--resume", "true")):
         done = start(
             "quantize.py",
@@ -555,7 +561,7 @@ def test_a_second_run_into_a_folder_in_use_is_refused(runs, start, tmp_path):
             *more,
         )
         assert done.returncode == 2 and "another run is writing into this folder" in done.stderr
-    run.log.close()
+    run.log_file.close()
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["metrics.jsonl"]
 
 
@@ -573,10 +579,10 @@ def test_a_full_disk_is_named_whatever_hides_it(tmp_path, monkeypatch, capsys, e
     def full(*args, **named):
         raise error
 
-    run, _ = make_run(tmp_path / "run")
-    monkeypatch.setattr(common.dcp, "save", full)
+    run, net, optimizer = make_run(tmp_path / "run")
+    monkeypatch.setattr(training.dcp, "save", full)
     with pytest.raises(SystemExit) as stop:
-        run.save(1)
+        run.save(0, net, optimizer)
     said = capsys.readouterr().err
     assert stop.value.code == 2 and "No space left on device" in said and said.count("\n") == 1
 
@@ -612,14 +618,14 @@ def test_a_dimension_that_never_moves_leaves_valid_json(runs, inside, tmp_path, 
         )
         == 0
     )
-    line = f"pretrain.py {SHORT} --labels idm --labelled 6 --idm_steps 2 --held_out 2"
-    assert (
-        inside(
-            *line.split(), "--data", still, "--init_from", runs[0] / "base", "--out", tmp_path / "p"
-        )
-        == 0
-    )
+    guesses = tmp_path / "guesses.safetensors"
+    line = "--preset tiny --labelled 6 --steps 2 --held_out 2".split()
+    assert inside("-m", "baselines.inverse_dynamics", *line, "--data", still, "--out", guesses) == 0
     assert "held-out episodes: [None, " in capsys.readouterr().out
+    line = f"pretrain.py {SHORT} --labels idm --held_out 2".split()
+    line += ["--labels_file", guesses, "--data", still, "--init_from", runs[0] / "base"]
+    assert inside(*line, "--out", tmp_path / "p") == 0
+    assert "1 (always 0)" in capsys.readouterr().out
 
     def refuse(word):
         raise AssertionError(f"{word} is no JSON")
@@ -696,8 +702,8 @@ def test_the_same_file_spelled_otherwise_is_resumed(runs, inside, tmp_path, monk
     monkeypatch.chdir(runs[0])
     line = [*f"pretrain.py {SHORT} --held_out 2 --labels latent".split(), "--out", tmp_path / "p"]
     spelled = [
-        "--data table --laq laq --latents laq/labels.safetensors --init_from base",
-        f"--data ./table/ --laq {runs[0]}/laq/ --latents ./laq/labels.safetensors "
+        "--data table --laq laq --labels_file laq/labels.safetensors --init_from base",
+        f"--data ./table/ --laq {runs[0]}/laq/ --labels_file ./laq/labels.safetensors "
         f"--init_from {runs[0]}/base",
     ]
     assert inside(*line, *spelled[0].split()) == 0
@@ -713,7 +719,7 @@ def test_the_same_file_spelled_otherwise_is_resumed(runs, inside, tmp_path, monk
     data.save_labels(changed, {name: 7 - rows for name, rows in zip(ids, labels)}, meta)
     other = spelled[1].replace("./laq/labels.safetensors", str(changed))
     assert inside(*line, *other.split(), "--resume", "true", "--steps", 4) == 2
-    assert "was made with latents = " in capsys.readouterr().err
+    assert "was made with labels_file = " in capsys.readouterr().err
 
 
 def test_bins_do_not_change_under_a_run(runs, inside, tmp_path, capsys):

@@ -1,0 +1,1 @@
+"""What the paper compares LAPA with, beyond what the three stages do themselves."""
