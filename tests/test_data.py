@@ -1,4 +1,4 @@
-"""Episodes on disk, their cache, windows, labels, bins, token rows, the report card's figures."""
+"""Episodes on disk, their cache, windows, labels, bins, token rows."""
 
 import json
 import re
@@ -16,7 +16,6 @@ from PIL import Image
 import common
 import data
 import sequences
-from analysis import report_card
 from model import ACTION, LATENT, TEXT, VISION
 
 LANGUAGE_TABLE = ROOT.parent / "shared" / "data" / "language-table"
@@ -262,15 +261,6 @@ def test_stream_keeps_the_order(workers):
     assert list(data.stream(make, 4, 20, workers)) == list(range(4, 20))
 
 
-# ---------------------------------------------------------------- the report card's figures
-@pytest.mark.parametrize("rows", [4, 5])  # T-1 or T rows of actions for T = 5 frames
-def test_window_motion_sums_the_actions_of_the_window(rows):
-    values = np.array([[1, 0], [2, 10], [4, 20], [8, 30], [99, 99]], np.float32)[:rows]
-    episode = data.Episode("a", "x", 5, {}, np.zeros((5, 8, 8, 3), np.uint8), values)
-    expected = [[3, 10], [6, 30], [12, 50], [8, 30], [0, 0]]  # 0.4 s are 2 frames
-    assert report_card.window_motion(episode, 0.4).tolist() == expected
-
-
 def test_random_shift_moves_both_frames_alike():
     torch.manual_seed(0)
     pair, found = torch.rand(40, 2, 3, 8, 8), set()
@@ -284,17 +274,6 @@ def test_random_shift_moves_both_frames_alike():
         ]
         found.add(fit)
     assert {y for y, _ in found} == {x for _, x in found} == set(range(5))
-
-
-def test_perplexity_psnr_and_probe():
-    values = [report_card.perplexity(np.array(z), 8) for z in ([3, 3], range(8), [0, 0, 0, 1])]
-    assert values == pytest.approx([1, 8, 1.7548], abs=1e-4)
-    assert [report_card.psnr(mse) for mse in (1, 0.01)] == pytest.approx([0, 20])
-    rng = np.random.default_rng(0)
-    codes, effect = rng.integers(0, 8, (3000, 2)), rng.normal(size=(2, 8, 3))
-    target = effect[0][codes[:, 0]] + effect[1][codes[:, 1]]
-    r2 = lambda z: report_card.probe_r2(z[:2000], target[:2000], z[2000:], target[2000:], 8)
-    assert min(r2(codes)) > 0.999 and np.abs(r2(rng.permutation(codes))).max() < 0.05
 
 
 # ---------------------------------------------------------------- latent labels and action bins

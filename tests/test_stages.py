@@ -30,7 +30,7 @@ import pretrain
 import quantize
 import training
 import sequences
-from analysis import report_card
+from analysis import atlas
 from model import LAQ, LAQConfig
 
 SHORT = "--preset tiny --steps 2 --batch 8 --log_every 1"
@@ -590,7 +590,7 @@ def test_a_full_disk_is_named_whatever_hides_it(tmp_path, monkeypatch, capsys, e
 @pytest.mark.parametrize(
     "draw",
     [
-        lambda path: report_card.contact_sheet({"x": torch.zeros(2, 3, 8, 8)}, path),
+        lambda path: atlas.contact_sheet({"x": torch.zeros(2, 3, 8, 8)}, path),
         lambda path: evaluate.draw_film(
             {"a": (np.zeros((1, 2, 8, 8, 3), np.uint8), ["x"], [True])}, path
         ),
