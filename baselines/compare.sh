@@ -15,7 +15,7 @@ cd "$(dirname "$0")/.."
 unset MAKEFLAGS MAKELEVEL # of a make that called this script
 export OMP_NUM_THREADS=1
 
-from_make() { # from_make TARGET: what the arms share, and LAPA and SCRATCH, as the Makefile has them
+from_make() { # from_make TARGET: what the arms share, LAPA and SCRATCH are in the Makefile
   make --no-print-directory "$1" DATA=data/tabletop OUT="$out" SEED="$seed" PRESET="$preset" ARGS=
 }
 run() { # run FILE COMMAND..: unless the file, which the command makes last, is there
