@@ -20,9 +20,7 @@ from benchmarks.measure import (
     time_outside,
 )
 from benchmarks.memory import block_cost, finetuning_memory
-from finetune import FinetuneConfig
 from model import ACTION, LAQ, TEXT, VISION, VLA, LAQConfig, VLAConfig
-from quantize import QuantizeConfig
 
 OURS = {  # a VLA that reads pixels
     "vision_vocab": 0,
@@ -48,7 +46,9 @@ ANSWER = 8  # tokens of an action and its end
 
 
 def training_step(
-    model: LAQ | VLA, c: QuantizeConfig | FinetuneConfig, batch: Tensor | dict[str, Tensor | None]
+    model: LAQ | VLA,
+    c: quantize.QuantizeConfig | finetune.FinetuneConfig,
+    batch: Tensor | dict[str, Tensor | None],
 ) -> Callable[[], object]:
     """Place a model on this process's device as its stage does -> one optimization step on a batch:
     pairs [B, 2, 3, H, W] for a LAQ, rows (see Sequences.batch) for a VLA"""
@@ -70,7 +70,7 @@ def training_step(
 # ------------------------------------------------------------------------ stage 1
 def laq(preset: str, batch: int, compiled: bool = False, profiled: bool = False) -> None:
     """A training step, where its time goes (profiled), and labelling"""
-    c = QuantizeConfig(data="", out="", compile=compiled, **quantize.PRESETS[preset])
+    c = quantize.QuantizeConfig(data="", out="", compile=compiled, **quantize.PRESETS[preset])
     c.batch = batch
     torch.manual_seed(0)
     model = LAQ(LAQConfig(**{name: getattr(c, name) for name in LAQConfig.__dataclass_fields__}))
@@ -100,7 +100,7 @@ def print_time_outside(train: Callable[[], object], compiled: bool) -> None:
 # ------------------------------------------------------------------------ stages 2 and 3
 def vla(name: str, lora_rank: int = 0, compiled: bool = False) -> None:
     """A training step, then the latency of an action"""
-    c = FinetuneConfig(data="", out="", init_from="", lora_rank=lora_rank, **OPTIONS[name])
+    c = finetune.FinetuneConfig(data="", out="", init_from="", lora_rank=lora_rank, **OPTIONS[name])
     torch.manual_seed(0)
     with torch.device("meta"):
         model = VLA(VLAConfig(**SHAPES[name]))
@@ -151,7 +151,7 @@ def fill_frozen(model: VLA) -> None:
 def print_vla_training(
     name: str,
     model: VLA,
-    c: FinetuneConfig,
+    c: finetune.FinetuneConfig,
     rows: dict[str, Tensor | None],
     train: Callable[[], object],
 ) -> None:
