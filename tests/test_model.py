@@ -7,7 +7,6 @@ from dataclasses import fields
 from pathlib import Path
 from sysconfig import get_paths
 
-import bench
 import numpy as np
 import pytest
 import torch
@@ -22,6 +21,7 @@ import pretrain
 import quantize
 import training
 import sequences
+from benchmarks.memory import finetuning_memory
 from model import ACTION, LAQ, LATENT, TEXT, VISION, VLA, LAQConfig, VLAConfig, code_cnn, nearest
 from official import convert
 from simulators import tabletop
@@ -456,14 +456,15 @@ def test_memory_of_the_7b_by_hand():
     6.5e9 of the blocks in 2 bytes"""
     config = VLAConfig(latent_vocab=0, action_vocab=256)
     full, shared, low = (
-        bench.memory(config, 1, 384, gpus, True, rank) for gpus, rank in ((1, 0), (8, 0), (1, 16))
+        finetuning_memory(config, 1, 384, gpus, True, rank)
+        for gpus, rank in ((1, 0), (8, 0), (1, 16))
     )
     assert full["weights"] == full["gradients"] == full["optimizer"] / 2 == 4 * 6_809_718_784
     assert shared["weights"] == full["weights"] / 8
     assert low["weights"] == pytest.approx(2 * 6.476e9 + 4 * 0.374e9, rel=1e-3)
     assert low["gradients"] < 0.02 * full["gradients"]
     kept = [
-        bench.memory(config, rows, 384, 8, remade)["activations and copies"]
+        finetuning_memory(config, rows, 384, 8, remade)["activations and copies"]
         for rows, remade in ((1, False), (2, False), (2, True))
     ]
     assert kept[1] - kept[0] == pytest.approx(384 * 32 * 4096 * 57, rel=0.1)  # measured: 57.4
