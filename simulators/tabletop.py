@@ -1,6 +1,7 @@
 """A table top in numpy: four blocks, one effector, quasi-static pushing, pixels out.
 
-The built-in simulator, in the spirit of Language Table.  Everything is vectorised over B tables.
+The built-in simulator, in the spirit of Language Table (Lynch et al. 2022, arXiv 2210.06407).
+Everything is vectorized over B tables.
 
     env = TableTop(batch=2)
     obs, info = env.reset(seed=0)              # obs["image"] uint8 [2, 64, 64, 3]
@@ -9,17 +10,22 @@ The built-in simulator, in the spirit of Language Table.  Everything is vectoris
 
 The table is the unit square, x to the right and y down as in the picture.  Actions are float [B, 2]
 in [-1, 1]: the wanted displacement of the effector in units of the embodiment's speed.  Blocks are
-discs for contact, whatever their looks, and do not turn.  A finished table stays as it is."""
+discs for contact, whatever their looks, and do not turn.  A finished table stays as it is.
+
+    python -m simulators.tabletop OUT          # a dataset of its expert's episodes"""
 
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from common import atomically, fail, parse_options, refuse, to_json
 from model import ACTION, LATENT
 from sequences import TAGS, train_tokenizer
+from simulators import Info, Observation
 
 BLOCKS = ("red circle", "blue square", "green triangle", "yellow star")
 COLORS = ((214, 62, 58), (58, 108, 208), (62, 158, 84), (236, 186, 52))  # of the blocks
@@ -42,21 +48,31 @@ PHRASES = {
     "join": ["push the {} to the " + b for b in BLOCKS],
 }  # of each task family
 FAMILIES = tuple(PHRASES)
-SPEED = {"robot": 0.06, "human": 0.045}  # table widths a step at action 1
-FPS = 5  # steps a second, as Bridge
+SPEED = {"robot": 0.06, "human": 0.045}  # table widths per step at action 1
+LOOKS = ("plain", "real")
+FPS = 5  # steps per second, as in the Bridge dataset
 CAPTION_BINS = 16  # resolution of the coordinates in scene captions
 
-TIP_RADIUS, BLOCK_RADIUS = 0.06, 0.065
-CONTACT = TIP_RADIUS + BLOCK_RADIUS
+TIP_RADIUS = 0.06
+BLOCK_RADIUS = 0.065
+CONTACT = TIP_RADIUS + BLOCK_RADIUS  # distance of centers at which the effector touches a block
 RIM = 0.115  # blocks stop this far from the edge, so that the effector can get behind them
-GRIP = 0.9  # share of the effector's motion that a touched block follows; the rest may slip
-PUSH_DISTANCE, SIDE, CORNER, JOIN = 0.12, 0.17, 0.28, 0.18  # what counts as success
+GRIP = 0.9  # part of the effector's motion that a touched block follows; the rest may slip
+
+# What counts as success: how far a block was pushed, or how near it is to its goal.
+PUSH_DISTANCE = 0.12
+SIDE_DISTANCE = 0.17
+CORNER_DISTANCE = 0.28
+JOIN_DISTANCE = 0.18
+
+Task = tuple[int, int, int]  # indices of the family, the block, and the phrase in the family
 
 
-def tasks(split="all"):
+def tasks(split: str = "all") -> list[Task]:
     """All (family, block, argument) combinations of a split: "seen", "unseen" or "all".
 
-    A quarter of a family's combinations (of join, a third) is unseen: never in the labelled few."""
+    A quarter of a family's combinations (of join, a third) is unseen: finetuning learns from no
+    actions of it."""
     return [
         (f, block, argument)
         for f, family in enumerate(FAMILIES)
@@ -67,49 +83,86 @@ def tasks(split="all"):
     ]
 
 
-def instruction(family, block, argument):
+def instruction(family: int, block: int, argument: int) -> str:
+    """A task in words"""
     return PHRASES[FAMILIES[family]][argument].format(BLOCKS[block])
 
 
-def vocabulary():
+def vocabulary() -> list[str]:
     """Every text the table top can produce, for training a word-level tokenizer"""
     numbers = " ".join(map(str, range(CAPTION_BINS)))
     return [instruction(*task) for task in tasks()] + [f"describe the table where is tip {numbers}"]
 
 
-def _polar(vectors):
+def _polar(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """[.., 2] -> their directions [.., 2] and lengths [.., 1]"""
     length = np.linalg.norm(vectors, axis=-1, keepdims=True) + 1e-9
     return vectors / length, length
 
 
+class Goals(NamedTuple):
+    """The task of each table, with places float [B, 2] as they are now"""
+
+    family: np.ndarray  # int [B]
+    argument: np.ndarray  # int [B]: which direction, place or other block
+    block: np.ndarray  # the block that is to move
+    start: np.ndarray  # where it began
+    direction: np.ndarray  # unit vector, of a push
+    place: np.ndarray  # of a place; a side has the block's own coordinate along it
+    other: np.ndarray  # the block that a join is about
+
+
+class Approach(NamedTuple):
+    """The effector as seen from the block that is to move, [B, 2] but for the last two, [B]"""
+
+    tip: np.ndarray
+    block: np.ndarray
+    ahead: np.ndarray  # unit vector from the block to where it is to go
+    side: np.ndarray  # `ahead`, a quarter turn on
+    offset: np.ndarray  # from the block to the effector
+    forward: np.ndarray  # that offset along `ahead`: negative behind the block
+    lateral: np.ndarray  # and along `side`
+
+
 class TableTop:
-    """A batch of tables.
+    """A batch of tables (a simulators.Simulator).
 
     batch: number of tables; embodiment: "robot" (a compact gripper) or "human" (a hand with a
     thumb, other table, slower); look: "plain" or "real" (palette, wood grain and lighting drawn
     anew for each table); split: which tasks, see `tasks`; families: subset of FAMILIES;
-    size: pixels; max_steps: steps until `truncated`."""
+    size: pixels; max_steps: steps until `truncated`.  Raises ValueError for other words."""
+
+    ACTION_DIM = 2
+    ACTION_LOW = -1.0
+    ACTION_HIGH = 1.0
+    FAMILIES = FAMILIES
+    SPLITS = ("seen", "unseen")
+    MAX_STEPS = 50
+    OPTIONS = {"embodiment": str, "look": str}
 
     def __init__(
         self,
-        batch,
-        embodiment="robot",
-        look="plain",
-        split="all",
-        families=FAMILIES,
-        size=64,
-        max_steps=50,
-    ):
+        batch: int,
+        embodiment: str = "robot",
+        look: str = "plain",
+        split: str = "all",
+        families: Sequence[str] = FAMILIES,
+        size: int = 64,
+        max_steps: int = MAX_STEPS,
+    ) -> None:
         for value, allowed, name in (
             (embodiment, SPEED, "embodiment"),
-            (look, ("plain", "real"), "look"),
-            (split, ("all", "seen", "unseen"), "split"),
+            (look, LOOKS, "look"),
+            (split, ("all", *self.SPLITS), "split"),
         ):
             if value not in allowed:
                 raise ValueError(f"{name} is one of {', '.join(allowed)}, not {value!r}")
-        self.batch, self.embodiment, self.look, self.size = batch, embodiment, look, size
-        self.speed, self.max_steps = SPEED[embodiment], max_steps
+        self.batch = batch
+        self.embodiment = embodiment
+        self.look = look
+        self.size = size
+        self.speed = SPEED[embodiment]
+        self.max_steps = max_steps
         self.by_family = [
             [task for task in tasks(split) if task[0] == f]
             for f, family in enumerate(FAMILIES)
@@ -117,27 +170,25 @@ class TableTop:
         ]
 
     # -------------------------------------------------------------- the Gymnasium interface
-    def reset(self, seed):
+    def reset(self, seed: int | Sequence[int]) -> tuple[Observation, Info]:
         """-> obs, info.  The same seed gives the same tables, tasks and pixels, bit for bit."""
-        B = self.batch
-        self.rng = rng = np.random.default_rng(seed)
-        family = rng.integers(len(self.by_family), size=B)
-        self.task = np.array([rng.choice(self.by_family[f]) for f in family])  # B 3
+        self.rng = np.random.default_rng(seed)
+        self.task = self._draw_tasks()
         self.instructions = [instruction(*task) for task in self.task]
-        # One thing after another, each at the first of 40 random spots that touches nothing so far
-        # (or at the one with most room).
-        layout = np.zeros((B, 0, 2))
-        for margin in (0.1, 0.25, 0.25, 0.25, 0.25):  # the effector, then the blocks
-            spots = rng.uniform(margin, 1 - margin, (B, 40, 2))
-            gap = np.linalg.norm(spots[:, :, None] - layout[:, None], axis=-1).min(2, initial=0.17)
-            layout = np.concatenate([layout, spots[np.arange(B), gap.argmax(1)][:, None]], axis=1)
-        self.tip, self.blocks, self.start = layout[:, 0], layout[:, 1:], layout[:, 1:]
-        self.steps, self.done, self.success = np.zeros(B, int), np.zeros(B, bool), np.zeros(B, bool)
-        self._dress()
+        layout = self._draw_layout()
+        self.tip = layout[:, 0]  # B 2
+        self.blocks = layout[:, 1:]  # B 4 2
+        self.start = layout[:, 1:]
+        self.steps = np.zeros(self.batch, int)
+        self.done = np.zeros(self.batch, bool)
+        self.success = np.zeros(self.batch, bool)
+        self._draw_looks()
         self.image = self.render()
-        return self._now()
+        return self._observe()
 
-    def step(self, action):
+    def step(
+        self, action: np.ndarray
+    ) -> tuple[Observation, np.ndarray, np.ndarray, np.ndarray, Info]:
         """action float [B, 2], clipped to [-1, 1] -> obs, reward, terminated, truncated, info
 
         reward float [B] is 1 on the step that succeeds; terminated and truncated are bool [B].
@@ -145,7 +196,8 @@ class TableTop:
         action = np.asarray(action, float)
         if action.shape != (self.batch, 2) or np.isnan(action).any():
             raise ValueError(f"action must be numbers of shape ({self.batch}, 2)")
-        live, before = ~self.done, self.blocks
+        live = ~self.done
+        before = self.blocks
         motion = np.clip(action, -1, 1) * self.speed * live[:, None]
         for _ in range(4):  # sub-steps, so that a fast tip cannot jump into a block
             self._move(motion / 4)
@@ -155,19 +207,69 @@ class TableTop:
         self.success |= won
         self.done = self.success | (self.steps >= self.max_steps)
         self.image[live] = self.render(live)
-        obs, info = self._now()
+        obs, info = self._observe()
         return obs, won.astype(float), self.success.copy(), self.done & ~self.success, info
 
-    def _now(self):
+    def _observe(self) -> tuple[Observation, Info]:
         """-> obs, info"""
         return {"image": self.image.copy(), "instruction": list(self.instructions)}, {
             "success": self.success.copy(),
             "family": [FAMILIES[f] for f in self.task[:, 0]],
         }
 
+    # -------------------------------------------------------------- the start of an episode
+    def _draw_tasks(self) -> np.ndarray:
+        """-> int [B, 3]: families equally likely, then the tasks of a family"""
+        family = self.rng.integers(len(self.by_family), size=self.batch)
+        return np.array([self.rng.choice(self.by_family[f]) for f in family])
+
+    def _draw_layout(self) -> np.ndarray:
+        """-> float [B, 5, 2], the effector and the blocks: one thing after another, each at the
+        first of 40 random spots that touches nothing so far (or at the one with most room)"""
+        rows = np.arange(self.batch)
+        layout = np.zeros((self.batch, 0, 2))
+        for margin in (0.1, 0.25, 0.25, 0.25, 0.25):  # the effector, then the blocks
+            spots = self.rng.uniform(margin, 1 - margin, (self.batch, 40, 2))
+            distance = np.linalg.norm(spots[:, :, None] - layout[:, None], axis=-1)  # B 40 things
+            room = distance.min(2, initial=0.17)  # more room than 0.17 does not count
+            chosen = spots[rows, room.argmax(1)]  # B 2
+            layout = np.concatenate([layout, chosen[:, None]], axis=1)
+        return layout
+
+    def _draw_looks(self) -> None:
+        """Draw the looks of each table: palette float [B, 4, 3] in 0..255, ground [B, S, S, 3],
+        gain [B, 1, 1, 1] (the light)"""
+        B, S = self.batch, self.size
+        self.palette = np.tile(np.float32(COLORS), (B, 1, 1))
+        base = {"robot": (206, 212, 218), "human": (222, 200, 168)}[self.embodiment]
+        y, x = np.mgrid[0:S, 0:S].astype(np.float32) / S
+        self.ground = np.tile(np.float32(base), (B, S, S, 1))
+        if self.embodiment == "human":  # planks
+            self.ground[:, y % 0.25 < 1 / S] *= 0.9
+        self.gain = np.ones((B, 1, 1, 1), np.float32)
+        if self.look == "real":
+            self._draw_real_looks(x, y)
+
+    def _draw_real_looks(self, x: np.ndarray, y: np.ndarray) -> None:
+        """The same, drawn anew for each table: colors, the tint and the waves of the grain, a lamp
+        from some side, the light.  x, y: float [S, S] coordinates of the pixels"""
+        B = self.batch
+
+        def uniform(*shape: int) -> np.ndarray:
+            return self.rng.uniform(-1, 1, shape).astype(np.float32)
+
+        self.palette = np.clip(self.palette + 28 * uniform(B, 4, 3), 0, 255)
+        phase = 12 * x[None] * (1 + uniform(B, 1, 1)) + 12 * y[None] * uniform(B, 1, 1)
+        tint = np.float32((184, 150, 116)) + 26 * uniform(B, 1, 1, 3)
+        lamp = 1 + 0.15 * (uniform(B, 1, 1) * (x - 0.5) + uniform(B, 1, 1) * (y - 0.5))
+        self.ground = tint * ((1 + 0.05 * np.sin(phase)) * lamp)[..., None]
+        self.gain = 1 + 0.12 * uniform(B, 1, 1, 1)
+
     # -------------------------------------------------------------- physics and success
-    def _move(self, motion):
-        before, self.tip = self.tip, np.clip(self.tip + motion, 0, 1)
+    def _move(self, motion: np.ndarray) -> None:
+        """Move the effectors by motion [B, 2] and the blocks that they touch"""
+        before = self.tip
+        self.tip = np.clip(self.tip + motion, 0, 1)
         motion = (self.tip - before)[:, None]
         normal, distance = _polar(self.blocks - self.tip[:, None])  # B 4 2, B 4 1
         towards = (normal * motion).sum(-1, keepdims=True) > 0
@@ -180,131 +282,219 @@ class TableTop:
             blocks = np.clip(blocks + (normal * overlap / 2).sum(2), RIM, 1 - RIM)
         self.blocks = blocks
 
-    def _parts(self):
-        """Of each table: family, argument, block, its start, direction, goal, the other block"""
+    def _goals(self) -> Goals:
         rows = np.arange(self.batch)
         family, moved, argument = self.task.T
-        block, start = self.blocks[rows, moved], self.start[rows, moved]
-        way = np.array(list(DIRECTIONS.values()))[argument % 4]
-        goal = np.array(list(PLACES.values()))[argument % 8]
-        goal = np.where(np.isnan(goal), block, goal)
-        return family, argument, block, start, way, goal, self.blocks[rows, argument % 4]
+        block = self.blocks[rows, moved]
+        place = np.array(list(PLACES.values()))[argument % 8]
+        return Goals(
+            family=family,
+            argument=argument,
+            block=block,
+            start=self.start[rows, moved],
+            direction=np.array(list(DIRECTIONS.values()))[argument % 4],
+            place=np.where(np.isnan(place), block, place),
+            other=self.blocks[rows, argument % 4],
+        )
 
-    def _solved(self):
-        family, argument, block, start, way, goal, other = self._parts()
-        reach = np.linalg.norm(block - self.tip, axis=-1) < CONTACT + 0.02
-        moved = block - start
-        along = (moved * way).sum(-1)
-        push = (along > PUSH_DISTANCE) & (np.abs(moved - along[:, None] * way).sum(-1) < along)
-        place = np.linalg.norm(block - goal, axis=-1) < np.where(argument % 8 < 4, SIDE, CORNER)
-        join = np.linalg.norm(block - other, axis=-1) < JOIN
-        return np.choose(family, (reach, push, place, join))
+    def _solved(self) -> np.ndarray:
+        """-> bool [B]: whether each task is fulfilled as things stand now"""
+        goals = self._goals()
+        reach = np.linalg.norm(goals.block - self.tip, axis=-1) < CONTACT + 0.02
+        # A push counts when the block went far enough, and less far to the side than ahead.
+        moved = goals.block - goals.start
+        along = (moved * goals.direction).sum(-1)
+        aside = np.abs(moved - along[:, None] * goals.direction).sum(-1)
+        push = (along > PUSH_DISTANCE) & (aside < along)
+        near = np.where(goals.argument % 8 < 4, SIDE_DISTANCE, CORNER_DISTANCE)
+        place = np.linalg.norm(goals.block - goals.place, axis=-1) < near
+        join = np.linalg.norm(goals.block - goals.other, axis=-1) < JOIN_DISTANCE
+        return np.choose(goals.family, (reach, push, place, join))
 
-    def expert(self, noise=0.0):
-        """A scripted policy's next action [B, 2]: get behind the block, then push."""
-        family, _, block, start, way, goal, other = self._parts()
-        aim = np.choose(family[:, None], (block, start + 0.3 * way, goal, other))
-        ahead, _ = _polar(aim - block)
+    # -------------------------------------------------------------- the scripted policy
+    def expert(self, noise: float = 0.0) -> np.ndarray:
+        """A scripted policy's next action [B, 2]: get behind the block, then push.
+
+        noise: standard deviation added to it, drawn from the tables' own generator"""
+        goals = self._goals()
+        view = self._approach(goals)
+        behind, blocked = _way_behind(view)
+        ready = (view.forward < -0.04) & (np.abs(view.lateral) < 0.03)
+        # Straight to the spot behind the block, unless one of these comes first.
+        cases = [case[:, None] for case in (goals.family == 0, ready, blocked)]
+        ways = [-view.offset, _push(view, self.speed), _way_around(view, self.speed)]
+        action = np.select(cases, ways, behind) / self.speed
+        action /= np.maximum(np.linalg.norm(action, axis=-1, keepdims=True), 1)
+        return np.clip(action + noise * self.rng.standard_normal(action.shape), -1, 1)
+
+    def _approach(self, goals: Goals) -> Approach:
+        """Put the origin into the block and turn the axes towards its goal"""
+        ends = (goals.block, goals.start + 0.3 * goals.direction, goals.place, goals.other)
+        ahead, _ = _polar(np.choose(goals.family[:, None], ends) - goals.block)
         side = ahead[:, ::-1] * (-1, 1)  # a quarter turn
-        offset = self.tip - block
-        forward, lateral = (offset * ahead).sum(-1), (offset * side).sum(-1)
-        ready = (forward < -0.04) & (np.abs(lateral) < 0.03)
-        # Straight to the spot behind the block, unless the block is in the way: then round it.
-        wish = block - ahead * (CONTACT + 0.01) - self.tip
-        share = (-offset * wish).sum(-1) / ((wish * wish).sum(-1) + 1e-9)
-        nearest = np.linalg.norm(offset + np.clip(share, 0, 1)[:, None] * wish, axis=-1)
-        out, radius = _polar(offset)
-        turn = np.where(lateral >= 0, 1.0, -1.0)[:, None]
-        room = lambda sign: np.abs(block + sign * side * CONTACT - 0.5).max(-1, keepdims=True) < 0.5
-        turn = np.where(room(turn) | ~room(-turn), turn, -turn)  # not between block and edge
-        around = self.speed * turn * out[:, ::-1] * (-1, 1) + out * (CONTACT + 0.03 - radius)
-        push = ahead * self.speed - side * lateral[:, None] * 0.8
-        cases = [case[:, None] for case in (family == 0, ready, nearest < CONTACT - 0.01)]
-        wish = np.select(cases, [-offset, push, around], wish) / self.speed
-        wish /= np.maximum(np.linalg.norm(wish, axis=-1, keepdims=True), 1)
-        return np.clip(wish + noise * self.rng.standard_normal(wish.shape), -1, 1)
+        offset = self.tip - goals.block
+        return Approach(
+            tip=self.tip,
+            block=goals.block,
+            ahead=ahead,
+            side=side,
+            offset=offset,
+            forward=(offset * ahead).sum(-1),
+            lateral=(offset * side).sum(-1),
+        )
 
     # -------------------------------------------------------------- words and pixels
-    def captions(self, rng):
+    def captions(self, rng: np.random.Generator) -> list[str]:
         """What a vision-language model would say of each table: names and places in random order"""
+        places = [self.locate(thing) for thing in THINGS]
         return [
             " ".join(f"{THINGS[i].split()[0]} {where[i]}" for i in rng.permutation(len(THINGS)))
-            for where in zip(*(self.locate(thing) for thing in THINGS))
+            for where in zip(*places, strict=True)
         ]
 
-    def locate(self, thing):
+    def locate(self, thing: str) -> list[str]:
         """Where a thing (of THINGS) is on each table, in words: "3 12" """
         spot = self.tip if thing == "tip" else self.blocks[:, BLOCKS.index(thing)]
         return [f"{x} {y}" for x, y in (spot.clip(0, 0.999) * CAPTION_BINS).astype(int)]
 
-    def _dress(self):
-        """Draw the looks of each table: colours float [B, 4, 3] in 0..255, ground [B, S, S, 3]"""
-        B, S, rng = self.batch, self.size, self.rng
-        self.palette = np.tile(np.float32(COLORS), (B, 1, 1))
-        base = {"robot": (206, 212, 218), "human": (222, 200, 168)}[self.embodiment]
-        y, x = np.mgrid[0:S, 0:S].astype(np.float32) / S
-        self.ground = np.tile(np.float32(base), (B, S, S, 1))
-        if self.embodiment == "human":  # planks
-            self.ground[:, y % 0.25 < 1 / S] *= 0.9
-        self.gain = np.ones((B, 1, 1, 1), np.float32)
-        if self.look == "real":
-            u = lambda *shape: rng.uniform(-1, 1, shape).astype(np.float32)
-            self.palette = np.clip(self.palette + 28 * u(B, 4, 3), 0, 255)
-            phase = 12 * x[None] * (1 + u(B, 1, 1)) + 12 * y[None] * u(B, 1, 1)
-            tint = np.float32((184, 150, 116)) + 26 * u(B, 1, 1, 3)
-            lamp = 1 + 0.15 * (u(B, 1, 1) * (x - 0.5) + u(B, 1, 1) * (y - 0.5))
-            self.ground = tint * ((1 + 0.05 * np.sin(phase)) * lamp)[..., None]
-            self.gain = 1 + 0.12 * u(B, 1, 1, 1)
-
-    def render(self, which=slice(None)):
-        """Tables `which` (an index; default all) -> uint8 [B, S, S, 3], edges anti-aliased"""
-        S, canvas = self.size, self.ground[which].copy()
-        tip, blocks = self.tip[which].astype(np.float32), self.blocks[which].astype(np.float32)
-        palette = self.palette[which][:, :, None, None]
-        centre = ((np.arange(S) + 0.5) / S).astype(np.float32)
-
-        def paint(point, outline, color, alpha=1.0, reach=0.1):
-            """Blend `color` in where outline(dx, dy), the distance inside an edge, is positive"""
-            w = min(S, int(2 * reach * S) + 2)  # only a window around the point can change
-            x, y = np.clip((point.T - reach) * S, 0, S - w).astype(int)[..., None] + np.arange(w)
-            at = np.arange(len(canvas))[:, None, None], y[:, :, None], x[:, None, :]
-            dx = centre[x][:, None, :] - point[:, 0, None, None]
-            dy = centre[y][:, :, None] - point[:, 1, None, None]
-            cover = (alpha * np.clip(0.5 + S * outline(dx, dy), 0, 1))[..., None]
-            under = canvas[at]
-            canvas[at] = under + cover * (color - under)
-
-        def disc(radius):
-            return lambda dx, dy: radius - np.hypot(dx, dy)
-
-        for i in range(4):  # soft shadows first, then blocks
-            paint(blocks[:, i] + 0.015, disc(BLOCK_RADIUS + 0.01), 0.0, 0.22)
-        for i, outline in enumerate(OUTLINES):
-            paint(blocks[:, i], outline, 0.72 * palette[:, i])
-            paint(blocks[:, i], lambda dx, dy: outline(dx, dy) - 0.014, palette[:, i])
-        paint(tip + 0.015, disc(TIP_RADIUS + 0.01), 0.0, 0.25)
+    def render(self, tables: slice | np.ndarray = slice(None)) -> np.ndarray:
+        """Some tables (an index; default all) -> uint8 [B, S, S, 3], edges anti-aliased"""
+        canvas = self.ground[tables].copy()
+        tip = self.tip[tables].astype(np.float32)
+        _paint_blocks(canvas, self.blocks[tables].astype(np.float32), self.palette[tables])
+        _paint(canvas, tip + 0.015, circle(TIP_RADIUS + 0.01), 0.0, 0.25)  # its shadow
         if self.embodiment == "robot":
-            paint(tip, disc(TIP_RADIUS + 0.015), np.float32((38, 40, 48)))
-            paint(tip, disc(TIP_RADIUS - 0.034), np.float32((236, 238, 242)))
-        else:  # a fist and its thumb
-
-            def thumb(dx, dy):
-                along = np.clip((dx + dy) / 2, 0, 0.05)
-                return 0.03 - np.hypot(dx - along, dy - along)
-
-            skin = np.float32((112, 72, 52))
-            paint(tip, thumb, 0.86 * skin)
-            paint(tip, disc(TIP_RADIUS + 0.012), 0.8 * skin)
-            paint(tip, disc(TIP_RADIUS - 0.002), skin)
-        return np.clip(canvas * self.gain[which], 0, 255).astype(np.uint8)
+            _paint_gripper(canvas, tip)
+        else:
+            _paint_hand(canvas, tip)
+        return np.clip(canvas * self.gain[tables], 0, 255).astype(np.uint8)
 
 
-OUTLINES = (  # distance inside the outline of each block: circle, square, triangle, star
-    lambda dx, dy: BLOCK_RADIUS - np.hypot(dx, dy),
-    lambda dx, dy: 0.87 * BLOCK_RADIUS - np.maximum(np.abs(dx), np.abs(dy)),
-    lambda dx, dy: np.minimum(0.045 - dy, 0.045 + 0.5 * dy - 0.866 * np.abs(dx)),
-    lambda dx, dy: BLOCK_RADIUS * (0.86 + 0.3 * np.cos(5 * np.arctan2(dx, -dy))) - np.hypot(dx, dy),
-)
+# ------------------------------------------------------------------------ ways of the expert
+def _push(view: Approach, speed: float) -> np.ndarray:
+    """A step ahead, [B, 2], that also corrects most of the lateral error"""
+    return view.ahead * speed - view.side * view.lateral[:, None] * 0.8
+
+
+def _way_behind(view: Approach) -> tuple[np.ndarray, np.ndarray]:
+    """-> the straight way [B, 2] to the spot behind the block, and bool [B]: the block is in it.
+
+    The point of the way that is nearest to the block is the foot of the perpendicular from the
+    block's center: at this part of the way, kept within its ends."""
+    way = view.block - view.ahead * (CONTACT + 0.01) - view.tip
+    part = (-view.offset * way).sum(-1) / ((way * way).sum(-1) + 1e-9)
+    nearest = np.linalg.norm(view.offset + np.clip(part, 0, 1)[:, None] * way, axis=-1)
+    return way, nearest < CONTACT - 0.01
+
+
+def _way_around(view: Approach, speed: float) -> np.ndarray:
+    """A step [B, 2] on a circle around the block: along the tangent, on the side where the
+    effector is, and back onto the circle, a little wider than contact"""
+    outward, radius = _polar(view.offset)
+
+    def has_room(sign: np.ndarray) -> np.ndarray:
+        """bool [B, 1]: the effector beside the block, on that side, would be on the table"""
+        beside = view.block + sign * view.side * CONTACT
+        return np.abs(beside - 0.5).max(-1, keepdims=True) < 0.5
+
+    turn = np.where(view.lateral >= 0, 1.0, -1.0)[:, None]
+    turn = np.where(has_room(turn) | ~has_room(-turn), turn, -turn)  # not between block and edge
+    tangent = speed * turn * outward[:, ::-1] * (-1, 1)
+    return tangent + outward * (CONTACT + 0.03 - radius)
+
+
+# ------------------------------------------------------------------------ painting
+# The outline of a shape: dx, dy float [B, w, w] from its center, in table widths -> the distance
+# inside its edge, negative outside.
+Outline = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def circle(radius: float) -> Outline:
+    def outline(dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
+        return radius - np.hypot(dx, dy)
+
+    return outline
+
+
+def square(dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
+    return 0.87 * BLOCK_RADIUS - np.maximum(np.abs(dx), np.abs(dy))
+
+
+def triangle(dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
+    return np.minimum(0.045 - dy, 0.045 + 0.5 * dy - 0.866 * np.abs(dx))
+
+
+def star(dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
+    return BLOCK_RADIUS * (0.86 + 0.3 * np.cos(5 * np.arctan2(dx, -dy))) - np.hypot(dx, dy)
+
+
+def thumb(dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
+    """A bar with round ends from the center down to the right"""
+    along = np.clip((dx + dy) / 2, 0, 0.05)
+    return 0.03 - np.hypot(dx - along, dy - along)
+
+
+def smaller(outline: Outline, by: float) -> Outline:
+    """The same shape, its edge moved inward"""
+
+    def inner(dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
+        return outline(dx, dy) - by
+
+    return inner
+
+
+OUTLINES = (circle(BLOCK_RADIUS), square, triangle, star)  # of the blocks
+
+
+def _paint(
+    canvas: np.ndarray,
+    center: np.ndarray,
+    outline: Outline,
+    color: np.ndarray | float,
+    alpha: float = 1.0,
+    reach: float = 0.1,
+) -> None:
+    """Blend a color into canvas float [B, S, S, 3] inside an outline around center [B, 2].
+
+    The cover of a pixel grows from 0 to 1 across the pixel that the edge runs through.  Only a
+    window of `reach` around the center can change, so no more is computed."""
+    S = canvas.shape[1]
+    pixel = ((np.arange(S) + 0.5) / S).astype(np.float32)  # coordinates of the pixels' centers
+    w = min(S, int(2 * reach * S) + 2)
+    x, y = np.clip((center.T - reach) * S, 0, S - w).astype(int)[..., None] + np.arange(w)  # B w
+    window = np.arange(len(canvas))[:, None, None], y[:, :, None], x[:, None, :]
+    dx = pixel[x][:, None, :] - center[:, 0, None, None]  # B 1 w
+    dy = pixel[y][:, :, None] - center[:, 1, None, None]  # B w 1
+    cover = (alpha * np.clip(0.5 + S * outline(dx, dy), 0, 1))[..., None]  # B w w 1
+    under = canvas[window]
+    canvas[window] = under + cover * (color - under)
+
+
+def _paint_blocks(canvas: np.ndarray, blocks: np.ndarray, palette: np.ndarray) -> None:
+    """Soft shadows first, then blocks [B, 4, 2] in a darker and their own color [B, 4, 3]"""
+    colors = palette[:, :, None, None]  # B 4 1 1 3
+    for i in range(4):
+        _paint(canvas, blocks[:, i] + 0.015, circle(BLOCK_RADIUS + 0.01), 0.0, 0.22)
+    for i, outline in enumerate(OUTLINES):
+        _paint(canvas, blocks[:, i], outline, 0.72 * colors[:, i])
+        _paint(canvas, blocks[:, i], smaller(outline, 0.014), colors[:, i])
+
+
+def _paint_gripper(canvas: np.ndarray, tip: np.ndarray) -> None:
+    """A dark ring with a bright center"""
+    _paint(canvas, tip, circle(TIP_RADIUS + 0.015), np.float32((38, 40, 48)))
+    _paint(canvas, tip, circle(TIP_RADIUS - 0.034), np.float32((236, 238, 242)))
+
+
+def _paint_hand(canvas: np.ndarray, tip: np.ndarray) -> None:
+    """A fist and its thumb"""
+    skin = np.float32((112, 72, 52))
+    _paint(canvas, tip, thumb, 0.86 * skin)
+    _paint(canvas, tip, circle(TIP_RADIUS + 0.012), 0.8 * skin)
+    _paint(canvas, tip, circle(TIP_RADIUS - 0.002), skin)
+
+
+SIMULATOR = TableTop
 
 
 # ------------------------------------------------------------------------ datasets
@@ -321,53 +511,69 @@ class TabletopOptions:
     seed: int = 0
 
 
-def record(o, folder):
-    """Record the scripted expert; failures are dropped: every video shows its instruction."""
-    unseen, kept = set(tasks("unseen")), 0
-    for part in range(-(-o.episodes // 250) + 1):
-        env = TableTop(250, o.embodiment, o.look, o.tasks, size=o.size)
-        images, actions = [env.reset((o.seed, part))[0]["image"]], []
-        while not env.done.all():
-            actions.append(env.expert(o.noise))
-            images.append(env.step(actions[-1])[0]["image"])
-        images, actions = np.stack(images, 1), np.stack(actions, 1).astype(np.float32)
+def play(env: TableTop, seed: Sequence[int], noise: float) -> tuple[np.ndarray, np.ndarray]:
+    """The expert on every table -> pictures uint8 [B, T+1, S, S, 3], actions float32 [B, T, 2]"""
+    images = [env.reset(seed)[0]["image"]]
+    actions = []
+    while not env.done.all():
+        actions.append(env.expert(noise))
+        images.append(env.step(actions[-1])[0]["image"])
+    return np.stack(images, 1), np.stack(actions, 1).astype(np.float32)
+
+
+def record(options: TabletopOptions, folder: Path) -> Iterator[dict]:
+    """Record the scripted expert; failures are dropped: every video shows its instruction.
+    -> rows of episodes.jsonl.  Raises ValueError where the expert fails too often."""
+    unseen = set(tasks("unseen"))
+    kept = 0
+    for part in range(-(-options.episodes // 250) + 1):
+        env = TableTop(250, options.embodiment, options.look, options.tasks, size=options.size)
+        images, actions = play(env, (options.seed, part), options.noise)
         for b in np.flatnonzero(env.success):
-            name, T = f"{o.embodiment}_{kept:05d}", env.steps[b] + 1
-            np.save(folder / "videos" / f"{name}.npy", images[b, :T])
-            np.save(folder / "actions" / f"{name}.npy", actions[b, : T - 1])
+            name = f"{options.embodiment}_{kept:05d}"
+            frames = env.steps[b] + 1
+            np.save(folder / "videos" / f"{name}.npy", images[b, :frames])
+            np.save(folder / "actions" / f"{name}.npy", actions[b, : frames - 1])
             yield {
                 "id": name,
                 "instruction": env.instructions[b],
                 "video": f"videos/{name}.npy",
                 "fps": FPS,
-                "frames": int(T),
+                "frames": int(frames),
                 "actions": f"actions/{name}.npy",
                 "task": FAMILIES[env.task[b, 0]],
-                "embodiment": o.embodiment,
+                "embodiment": options.embodiment,
                 "combination": "unseen" if tuple(env.task[b]) in unseen else "seen",
             }
             kept += 1
-            if kept == o.episodes:
+            if kept == options.episodes:
                 return
-    raise ValueError(f"--noise {o.noise}: the expert reached {kept} goals of {o.episodes}")
+    raise ValueError(
+        f"--noise {options.noise}: the expert reached {kept} goals of {options.episodes}"
+    )
 
 
-def scenes(o, folder, tags):
+def scenes(
+    options: TabletopOptions, folder: Path, tags: Sequence[tuple[str, str]]
+) -> Iterator[dict]:
     """Still scenes, 100 to a video: what a pretrained vision-language model knows.  Each video is
-    an episode that describes the table and, for each thing on it, one that says where it is."""
-    parts = -(-o.scenes // 100)
+    an episode that describes the table and, for each thing on it, one that says where it is, in
+    these pairs of tags by turns.  -> rows of episodes.jsonl"""
+    parts = -(-options.scenes // 100)
     for part in range(parts):
-        embodiment, (opening, closing) = ("robot", "human")[part % 2], tags[part // 2 % 2]
-        env = TableTop(100, embodiment, o.look, size=o.size)
+        embodiment = ("robot", "human")[part % 2]
+        opening, closing = tags[part // 2 % 2]
+        env = TableTop(100, embodiment, options.look, size=options.size)
         video = f"videos/scene_{part:05d}.npy"
-        np.save(folder / video, env.reset((o.seed, part))[0]["image"])
-        said = {"describe the table": env.captions(np.random.default_rng((o.seed, part)))}
+        np.save(folder / video, env.reset((options.seed, part))[0]["image"])
+        rng = np.random.default_rng((options.seed, part))
+        said = {"describe the table": env.captions(rng)}
         for thing in THINGS:
             said[f"where is the {thing}"] = [f"{opening} {x} {closing}" for x in env.locate(thing)]
-        for i, (instruction, captions) in enumerate(said.items()):
+        for i, (question, captions) in enumerate(said.items()):
             yield {
                 "id": f"scene_{part:05d}_{i}",
-                "instruction": instruction,
+                "instruction": question,
                 "video": video,
                 "fps": 1,
                 "frames": 100,
@@ -378,7 +584,7 @@ def scenes(o, folder, tags):
             }
 
 
-def make_tabletop(options):
+def make_tabletop(options: TabletopOptions) -> None:
     """Write the built-in dataset: whole, or not at all."""
     out = Path(options.out)
     if out.exists():

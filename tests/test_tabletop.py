@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from simulators.tabletop import FAMILIES, TableTop
 
 from simulators import tabletop
+from simulators.tabletop import FAMILIES, TableTop
 
 
 @pytest.mark.parametrize("look", ["plain", "real"])
@@ -21,7 +21,7 @@ def test_the_same_seed_gives_the_same_episodes_bit_for_bit(embodiment, look):
     first, again = play(env, 7), play(env, 7)
     other = play(TableTop(6, embodiment, look, size=48), 7)
     assert len(first) == len(other) == len(again) > 5
-    for a, b, c in zip(first, other, again):
+    for a, b, c in zip(first, other, again, strict=True):
         assert a["instruction"] == b["instruction"] == c["instruction"]
         assert np.array_equal(a["image"], b["image"]) and np.array_equal(a["image"], c["image"])
     assert a["image"].shape == (6, 48, 48, 3) and a["image"].dtype == np.uint8
