@@ -1,7 +1,5 @@
-"""The two networks: LAQ against the official code's numbers, its codebook, and the VLA."""
+"""The two networks: the LAQ's codebook, and the VLA."""
 
-import json
-import re
 import shutil
 from dataclasses import fields
 from pathlib import Path
@@ -10,7 +8,6 @@ from sysconfig import get_paths
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 import common
@@ -23,13 +20,8 @@ import training
 import sequences
 from benchmarks.memory import finetuning_memory
 from model import ACTION, LAQ, LATENT, TEXT, VISION, VLA, LAQConfig, VLAConfig, code_cnn, nearest
-from official import convert
 from simulators import tabletop
 
-FOLDER = Path(__file__).parent / "golden"  # made with the official code: shared/fixtures/laq_small
-INFO = json.loads((FOLDER / "info.json").read_text())
-GOLDEN = {k: torch.from_numpy(v) for k, v in np.load(FOLDER / "golden.npz").items()}
-PAIR, CODES = data.to_float(GOLDEN["video_u8"].numpy()), GOLDEN["indices"].long()
 SMALL = dict(
     image_size=32,
     patch_size=8,
@@ -41,107 +33,6 @@ SMALL = dict(
     decoder_depth=1,
     quant_dim=8,
 )
-
-
-def official(path=FOLDER / "laq.pt"):
-    config, pairs = convert.from_laq(path, convert.ConvertConfig(source=[], out="", code_len=4))
-    net = LAQ(config)
-    common.load_strictly(net, {name: read() for name, read in pairs})
-    return net
-
-
-# ---------------------------------------------------------------- parity with the official LAQ
-def test_pt_and_safetensors_give_the_official_outputs():
-    net, other = official(), official(FOLDER / "model.safetensors")
-    assert net.config == other.config
-    assert all(torch.equal(t, other.state_dict()[name]) for name, t in net.state_dict().items())
-    assert torch.equal(net.label(PAIR), CODES)
-    users = (3 * torch.arange(CODES.numel()) + 1).remainder(8).view_as(CODES)
-    for found, name in (
-        (net.difference(PAIR), "d"),
-        (net.imagine(PAIR[:, 0], CODES), "recon"),
-        (net.imagine(PAIR[:, 0], users), "recon_user"),
-        (net.quantizer.tokens(net.quantizer.codebook[CODES]), "action_tokens"),
-    ):
-        torch.testing.assert_close(found, GOLDEN[name], rtol=0, atol=1e-5)
-
-
-def test_training_pass_gives_the_official_loss_and_gradients():
-    net, unused = official(), INFO["params_without_grad"]
-    loss, _, _ = net(PAIR, noise=GOLDEN["train_noise"])
-    assert abs(loss.item() - float(GOLDEN["train_loss"])) < 1e-6
-    loss.backward()
-    found = {convert.rename(name, convert.LAQ_KEYS): p.grad for name, p in net.named_parameters()}
-    assert all(found[name] is None for name in unused)
-    # A bias that cancels (under softmax, in a difference) has a gradient of rounding noise: 1e-7.
-    for name, norm in INFO["grad_l2"].items():
-        if norm and name not in unused:  # 0: the zero-size null_kv
-            assert float(found[name].norm()) == pytest.approx(norm, rel=1e-4, abs=1e-7), name
-    for name, grad in np.load(FOLDER / "train_grads.npz").items():
-        if grad.size and name not in unused:
-            gap = np.linalg.norm(found[name].numpy() - grad)
-            assert gap <= 1e-4 * np.linalg.norm(grad) + 1e-7, name
-
-
-def test_convert_command_line(inside, tmp_path):
-    assert (
-        inside("-m", "official.convert", FOLDER / "laq.pt", tmp_path / "laq", "--code_len", 4) == 0
-    )
-    net, meta = quantize.load_laq(tmp_path / "laq")
-    assert meta["window"] == 0.6 and torch.equal(net.cpu().label(PAIR), CODES)
-
-
-def test_paper_size_has_the_official_tensors():
-    with torch.device("meta"):
-        full = LAQ(LAQConfig())
-    assert sum(p.numel() for p in full.parameters()) == 343_796_080
-    keys = json.loads((FOLDER / "full_config_keys.json").read_text())
-    found = {k: list(t.shape) for k, t in full.state_dict().items()}
-    assert found.pop("quantizer.uses") == [8]  # ours
-    assert {convert.rename(k, convert.LAQ_KEYS): shape for k, shape in found.items()} == {
-        k.removeprefix("module."): shape
-        for k, shape in keys.items()
-        if not k.endswith(".beta") and 0 not in shape
-    }
-
-
-@pytest.mark.parametrize(
-    "name, change, said",
-    [
-        (
-            "dec_spatial_transformer.norm_out.gamma",
-            lambda s, k: s.pop(k),
-            "missing: dec_spatial_transformer.norm_out.gamma",
-        ),
-        ("vq.surprise", lambda s, k: s.update({k: torch.ones(3)}), "unexpected: vq.surprise"),
-        (
-            "vq.project_in.weight",
-            lambda s, k: s.update({k: s[k][:, 1:].clone()}),
-            "project_in.weight (16, 63)",
-        ),
-        (
-            "dec_spatial_transformer.norm_out.beta",
-            lambda s, k: s.update({k: torch.ones(64)}),
-            "beta",
-        ),
-    ],
-)
-def test_wrong_tensors_are_refused_by_name(tmp_path, name, change, said):
-    state = load_file(FOLDER / "model.safetensors")
-    change(state, name)
-    with pytest.raises(ValueError, match=re.escape(said)):
-        save_file(state, tmp_path / "laq.safetensors")
-        official(tmp_path / "laq.safetensors")
-
-
-@pytest.mark.parametrize("content", [b"junk", b"PKjunk", [1, 2], {"a": slice(1)}], ids=str)
-def test_convert_refuses_files_that_hold_anything_but_tensors(inside, tmp_path, capsys, content):
-    source = tmp_path / "bad.pt"
-    source.write_bytes(content) if isinstance(content, bytes) else torch.save(content, source)
-    assert inside("-m", "official.convert", source, tmp_path / "out") == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"error: {source}") and said.count("\n") == 1
-    assert not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------- codebook and gradients
@@ -577,45 +468,6 @@ def test_the_cnn_of_each_number_of_codes_is_the_official_one(code_len, grid):
     torch.testing.assert_close(cnn(x), y)
 
 
-@pytest.mark.parametrize(
-    "code_len, size, needed",
-    [
-        (1, 32, ()),
-        (2, 32, ()),
-        (4, 32, ("--code_len", 4)),
-        (16, 64, ("--code_len", 16)),
-        (64, 64, ("--image_size", 64)),
-        (256, 128, ("--code_len", 256)),
-    ],
-)
-def test_a_laq_of_each_number_of_codes_is_converted(
-    inside, tmp_path, capsys, code_len, size, needed
-):
-    net = LAQ(
-        LAQConfig(
-            **{**SMALL, "image_size": size, "patch_size": 4},
-            code_len=code_len,
-            official_peg=True,
-            official_code_read=True,
-        )
-    )
-    file = {
-        convert.rename(name, convert.LAQ_KEYS): t
-        for name, t in net.state_dict().items()
-        if name != "quantizer.uses"
-    }
-    file |= {name[:-5] + "beta": torch.zeros_like(t) for name, t in file.items() if "gamma" in name}
-    torch.save(file, tmp_path / "laq.pt")
-    if needed:  # nothing is guessed
-        assert inside("-m", "official.convert", tmp_path / "laq.pt", tmp_path / "none") == 2
-        assert "pass --code_len or --image_size" in capsys.readouterr().err
-    assert inside("-m", "official.convert", tmp_path / "laq.pt", tmp_path / "laq", *needed) == 0
-    again, _ = quantize.load_laq(tmp_path / "laq")
-    assert again.config == net.config
-    pair = torch.rand(3, 2, 3, size, size)
-    assert torch.equal(again.difference(pair), net.eval().difference(pair))
-
-
 def test_our_own_runs_of_older_code_keep_their_relu(tmp_path):
     """16 codes of 8 x 8 patches: their config does not know code_relu"""
     net = LAQ(LAQConfig(**SMALL | {"patch_size": 4}, code_len=16, code_relu=True)).eval()
@@ -633,12 +485,6 @@ def test_our_own_runs_of_older_code_keep_their_relu(tmp_path):
     again, _ = quantize.load_laq(tmp_path / "False")
     pair = torch.rand(2, 2, 3, 32, 32)
     assert torch.equal(again.difference(pair), net.difference(pair))
-
-
-def test_a_number_of_codes_that_a_file_does_not_hold_is_refused(inside, tmp_path, capsys):
-    for more in (("--code_len", 2), ("--code_len", 4, "--image_size", 128)):
-        assert inside("-m", "official.convert", FOLDER / "laq.pt", tmp_path / "laq", *more) == 2
-        assert f"--code_len {more[1]}" in capsys.readouterr().err
 
 
 def test_official_replacement_ends_before_step_5000():
