@@ -29,9 +29,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.checkpoint import CheckpointException, DefaultLoadPlanner, state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+
+from model import full_tensor
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process needs none
 warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # our blocks write into no view
@@ -103,9 +105,14 @@ def is_main_process():
 
 # ------------------------------------------------------------------------ command line
 def option_help(cls):
-    """Field name -> the comment that stands behind it in the dataclass's source"""
+    """Field name -> its help: from the field's metadata, else the comment after it in the source"""
     source = "".join(inspect.getsource(base) for base in reversed(cls.__mro__[:-1]))
-    return dict(re.findall(r"^    (\w+): [^#\n]*(?:# *(.*))?$", source, re.MULTILINE))
+    comments = dict(re.findall(r"^    (\w+): [^#\n]*(?:# *(.*))?$", source, re.MULTILINE))
+    return comments | {
+        field.name: field.metadata["help"]
+        for field in dataclasses.fields(cls)
+        if "help" in field.metadata
+    }
 
 
 def parse_value(kind, least, text):
@@ -149,13 +156,16 @@ def parse_options(cls, argv, presets=None, positional=()):
         name, comment = field.name, comments.get(field.name, "")
         default = "required" if field.default is dataclasses.MISSING else repr(field.default)
         zero = field.type is float or field.default == 0 or name == "seed" or "0: " in comment
+        least = field.metadata.get("least")
+        if least is None:
+            least = 0 if zero else 1
         plain, several = name in positional, field.type is list
         parser.add_argument(
             name if plain else f"--{name}",
             metavar=name if plain else "",
             nargs="+" if several else None,
             help=f"{default} {comment}".replace("%", "%%"),
-            type=partial(parse_value, str if several else field.type, 0 if zero else 1),
+            type=partial(parse_value, str if several else field.type, least),
         )
     given, stray = parser.parse_known_args(argv)
     if stray:
@@ -401,55 +411,6 @@ def seed_step(seed, step):
 
 
 # ------------------------------------------------------------------------ files
-def differences(expected, found):
-    """Two tables name -> shape: every missing, unexpected and misshapen tensor in words, or "" """
-    wrong = [
-        f"{n} {tuple(found[n])}, expected {tuple(expected[n])}"
-        for n in sorted(expected.keys() & found.keys())
-        if found[n] != expected[n]
-    ]
-    return "; ".join(
-        f"{what}: {', '.join(names)}"
-        for what, names in (
-            ("missing", sorted(expected.keys() - found.keys())),
-            ("unexpected", sorted(found.keys() - expected.keys())),
-            ("wrong shape", wrong),
-        )
-        if names
-    )
-
-
-def whole(tensor):
-    """All of a tensor, sharded or not; every process takes part"""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def put(parameter, values):
-    """Fill a parameter, or this rank's part of a sharded one, with its values as a whole"""
-    if isinstance(parameter, DTensor):
-        values = distribute_tensor(
-            values.to(parameter.device).contiguous(),
-            parameter.device_mesh,
-            parameter.placements,
-            src_data_rank=None,
-        )
-    parameter.detach().copy_(values)
-
-
-def load_strictly(model, weights, fresh=()):
-    """Copy `weights` (name -> tensor or safetensors slice, read one by one) into model; names and
-    shapes must agree as sets, but those in `fresh` keep their initial values.  Raises ValueError
-    that names all `differences`."""
-    ours = {n: t for n, t in model.state_dict().items() if n not in fresh}
-    shape = lambda w: tuple(w.shape if torch.is_tensor(w) else w.get_shape())
-    if problems := differences(
-        {n: shape(t) for n, t in ours.items()}, {n: shape(w) for n, w in weights.items()}
-    ):
-        raise ValueError(problems)
-    for name, tensor in ours.items():
-        put(tensor, weights[name][:])
-
-
 @contextlib.contextmanager
 def atomically(path, tag=None, durable=False):
     """Yield the path of a draft (file or folder) that appears as `path` once whole, or never.
@@ -664,7 +625,9 @@ class Run:
         """Train this model, from a checkpoint found on.  ids(step): what this process reads then;
         export() -> (name, tensor) of its weights for others, where these are not just its own"""
         self.model, self.optimizer, self.ids = model, optimizer, ids
-        self.export = export or (lambda: ((n, whole(t)) for n, t in model.state_dict().items()))
+        self.export = export or (
+            lambda: ((name, full_tensor(tensor)) for name, tensor in model.state_dict().items())
+        )
         self.meta, self.files = self.meta | meta, files
         if self.found:
             if self.found_meta.get("bins") != self.meta.get("bins"):

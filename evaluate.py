@@ -25,7 +25,7 @@ import common
 import data
 import sequences
 import video
-from model import ACTION, LATENT, VLA, VLAConfig
+from model import ACTION, LATENT, VLA, VLAConfig, load_strictly
 from simulators import tabletop
 
 
@@ -58,7 +58,7 @@ class Policy:
             with torch.device("meta"):
                 self.model = VLA(VLAConfig(**meta["model"]))
             self.model.to(torch.bfloat16 if bf16 else torch.float32).to_empty(device=self.device)
-            common.load_strictly(self.model, weights)
+            load_strictly(self.model, weights)
         self.model.eval()
         self.multiple = 16 if compiled else 1  # prompts are padded to that
         if compiled:
@@ -72,7 +72,7 @@ class Policy:
         self.kind = ACTION if self.model.config.action_vocab else LATENT
         self.edges = [np.array(e) for e in meta.get("bins", ())]
         self.length = len(self.edges) or meta.get("code_len", 4 if self.kind == LATENT else 7)
-        if self.kind not in self.model.heads():
+        if self.kind not in self.model.vocabularies():
             common.fail(f"--{option} {path}: predicts neither latent nor robot actions")
         self.vqgan = data.open_vqgan(path, option, self.device, meta["model"])
 

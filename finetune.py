@@ -21,7 +21,7 @@ from torch import nn
 import common
 import data
 import sequences
-from model import ACTION, LOW_RANK, VLAConfig, build_vla
+from model import ACTION, LOW_RANK, VLAConfig, build_vla, full_tensor
 
 
 @dataclass(kw_only=True)
@@ -35,7 +35,7 @@ class FinetuneConfig(common.TrainConfig):
     shift: float = 0.0  # random shift of pictures, as a share of them
     length: int = 0  # tokens a row is cut or padded to; 0: the longest of the batch (official 384)
     official_cut: bool = False  # cut rows have their loss mask one step too far
-    like_tag: bool = False  # a fresh action table begins readable (see VLA.adopt)
+    like_tag: bool = False  # a fresh action table begins readable (see VLA.start_from_tags)
     freeze_table: bool = False  # keep the action table: few rows are learned by heart through it
     steps: int = 2000  # paper: real robot; SIMPLER 500
     batch: int = 128  # rows a step, over all processes
@@ -120,10 +120,10 @@ def merged(model, weights):
     for name, tensor in state.items():
         stem = name.removesuffix("weight")
         if stem + "up" in state:
-            change = common.whole(state[stem + "up"]) @ common.whole(state[stem + "down"])
+            change = full_tensor(state[stem + "up"]) @ full_tensor(state[stem + "down"])
             yield name, weights[name][:] + change.cpu()
         elif not name.endswith(LOW_RANK):
-            yield name, common.whole(tensor)
+            yield name, full_tensor(tensor)
 
 
 # ------------------------------------------------------------------------ training
@@ -166,7 +166,9 @@ def train(c, given):
         if c.lora_rank:
             add_low_rank(model, c.lora_rank, torch.bfloat16 if c.bf16 else torch.float32)
         processes.shard(model, c, model.layers)
-        fresh = model.adopt(weights, sequences.opening_tags(tokenizer) if c.like_tag else None)
+        fresh = model.load_pretrained(weights)
+        if c.like_tag:
+            model.start_from_tags(weights, fresh, sequences.opening_tags(tokenizer))
     new = [name for name in fresh if not name.endswith(LOW_RANK)]
     processes.say(
         f"inherited {c.init_from} (pretrained on {meta['labels']} labels, step "

@@ -1,22 +1,35 @@
 """The two networks of LAPA: the latent action quantizer (LAQ) and the vision-language-action model.
 
-LAQ  (paper 3.1, figure 8)  a C-ViViT style VQ-VAE: two frames in, `code_len` codes out, and a
-     decoder that draws the second frame from the first one and the codes.  `quantize.py` trains it.
+LAQ  (paper 3.1, figure 8)  a VQ-VAE in the style of C-ViViT: two frames in, `code_len` codes out,
+     and a decoder that draws the second frame from the first one and the codes.  `quantize.py`
+     trains it.
 VLA  (paper 3.2, 3.3)  a LLaMA body over four vocabularies (text, vision, latent action, robot
      action); every position belongs to one of them.  `pretrain.py` and `finetune.py` train it.
-VQGAN  LWM's image tokenizer, frozen: the full-size VLA reads an image as its codes.
 
-Letters in shape comments, everywhere: B batch, T time (2 in a pair), C colour, H W pixels, N
-patches of a frame, D width, K code_len, Q quant_dim, L sequence length, V a vocabulary's size."""
+This file needs torch alone and can be copied out.  "(code)" marks what the paper leaves open and
+the official repository (github.com/LatentActionPretraining/LAPA) decides.  "Gain" tells how often a
+fast path runs in the time of its plain form, in training (forward and backward) and in inference,
+for the shapes of the presets tiny and lapa; `python -m benchmarks.fast_paths` measures it.
+
+Letters in shape comments: B batch, T time (2 in a pair), C color, H W pixels, N patches of a frame,
+D width, K code_len, Q quant_dim, L sequence length, S places of a cache, V a vocabulary's size."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from common import load_strictly, put, whole
+Value = TypeVar("Value")
+
+
+def option(default: Value, help: str, least: int | None = None) -> Value:
+    """A dataclass field with its help; least: the smallest whole number that is allowed"""
+    return field(default=default, metadata={"help": help, "least": least})
 
 
 # ------------------------------------------------------------------------ stage 1: LAQ
@@ -24,38 +37,46 @@ from common import load_strictly, put, whole
 class LAQConfig:
     """Shape of a latent action quantizer; the defaults are the paper's (343,796,080 parameters)."""
 
-    image_size: int = 256  # pixels, square
-    patch_size: int = 32  # pixels; 256/32 gives the 8x8 grid the official CNN for 4 codes needs
-    dim: int = 1024
-    spatial_depth: int = 8  # layers of the spatial encoder
-    temporal_depth: int = 8  # layers of the temporal encoder
-    decoder_depth: int = 8  # layers of the decoder (official: as the spatial encoder)
-    heads: int = 16
-    dim_head: int = 64
-    quant_dim: int = 32
-    codebook_size: int = 8
-    code_len: int = 4  # codes a pair: 8^4 = 4096 latent actions
-    code_relu: bool = False  # ReLU after code_cnn's only convolution, as older runs of ours have it
-    codebook_init: float = 1.0  # standard deviation of fresh codebook entries (official 1)
-    residual: bool = False  # the decoder draws x_{t+H} - x_t (official: x_{t+H} itself)
-    official_peg: bool = False  # temporal PEG takes (b h w) t d memory for b t h w d
-    official_code_read: bool = False  # a (K, Q) block enters the decoder re-read as (Q, K)
-    official_counting: bool = False  # the official dead-code rule, which lets a codebook collapse
+    image_size: int = option(256, "pixels, square")
+    patch_size: int = option(
+        32, "pixels; 256/32 gives the 8x8 grid the official CNN for 4 codes needs"
+    )
+    dim: int = option(1024, "width of the three transformers")
+    spatial_depth: int = option(8, "layers of the spatial encoder")
+    temporal_depth: int = option(8, "layers of the temporal encoder")
+    decoder_depth: int = option(8, "layers of the decoder (official: as the spatial encoder)")
+    heads: int = option(16, "attention heads")
+    dim_head: int = option(64, "width of a head")
+    quant_dim: int = option(32, "width of a code")
+    codebook_size: int = option(8, "entries of the codebook")
+    code_len: int = option(4, "codes per pair: 8^4 = 4096 latent actions")
+    code_relu: bool = option(
+        False, "ReLU after code_cnn's only convolution, as older runs of ours have it"
+    )
+    codebook_init: float = option(1.0, "standard deviation of fresh codebook entries (official 1)")
+    residual: bool = option(False, "the decoder draws x_{t+H} - x_t (official: x_{t+H} itself)")
+    official_peg: bool = option(False, "temporal PEG takes (b h w) t d memory for b t h w d")
+    official_code_read: bool = option(False, "a (K, Q) block enters the decoder re-read as (Q, K)")
+    official_counting: bool = option(
+        False, "the official dead-code rule, which lets a codebook collapse"
+    )
 
     @property
-    def grid(self):
+    def grid(self) -> int:
+        """Patches per side of a frame"""
         return self.image_size // self.patch_size
 
 
-def patchify(frames, p):
-    """[.., C, H, W] -> patches of p x p pixels [.., N, C p p]; each runs channel, row, column"""
-    return F.pixel_unshuffle(frames, p).flatten(-2).mT.contiguous()
+def patchify(frames: Tensor, patch_size: int) -> Tensor:
+    """[.., C, H, W] -> patches [.., N, C p p], each in the order channel, row, column"""
+    pixels = F.pixel_unshuffle(frames, patch_size)  # .. Cpp h w
+    return pixels.flatten(-2).mT.contiguous()  # .. N Cpp
 
 
 class PEG(nn.Module):
-    """Position encoding generator: a depth-wise 3x3x3 convolution, causal in time. [B, T, N, D]"""
+    """Position encoding generator: a depth-wise 3x3x3 convolution, causal in time (code)."""
 
-    def __init__(self, dim):
+    def __init__(self, dim: int) -> None:
         super().__init__()
         self.conv = nn.Conv3d(dim, dim, 3, groups=dim)
         # Ours: taps into the past start at zero.  Both frames are then seen alike, d is zero where
@@ -63,23 +84,89 @@ class PEG(nn.Module):
         with torch.no_grad():
             self.conv.weight[:, :, :2] = 0
 
-    def forward(self, x, grid):
-        def tap(t, frames):  # what frame t of the kernel (2: now) makes of [B, n, N, D]
-            y = frames.reshape(-1, grid, grid, frames.shape[-1]).movedim(-1, 1)  # Bn D h w
-            y = F.conv2d(y, self.conv.weight[:, :, t], padding=1, groups=y.shape[1])
-            return y.movedim(1, -1).reshape(frames.shape)
+    def forward(self, x: Tensor, grid: int) -> Tensor:
+        """x [B, T, N, D] with N = grid^2 -> the same shape"""
+        return self.convolve(x, grid) if x.shape[1] > 2 else self.convolve_two(x, grid)
 
-        # One 2-D convolution for each reach into the past; what would see only padding is left out.
-        out = tap(2, x) + self.conv.bias
-        for past in range(1, min(3, x.shape[1])):
-            out = out + F.pad(tap(2 - past, x[:, :-past]), (0, 0, 0, 0, past, 0))
+    def convolve(self, x: Tensor, grid: int) -> Tensor:
+        """The plain form, for any T: zeros around each frame and two frames of them before the
+        first"""
+        y = x.unflatten(2, (grid, grid)).movedim(-1, 1)  # B D T h w
+        y = F.pad(y, (1, 1, 1, 1, 2, 0))  # B D T+2 h+2 w+2
+        return self.conv(y).movedim(1, -1).flatten(2, 3)  # B T N D
+
+    def convolve_two(self, x: Tensor, grid: int) -> Tensor:
+        """`convolve` for one or two frames, as a 2-D convolution per tap: on CPUs the backward pass
+        of a depth-wise Conv3d is slow, and taps that would see only padding are left out.
+
+        Gain in training and inference: tiny [64, 2, 64, 96] 3.3 and 1, lapa [8, 2, 64, 1024] 6.5
+        and 1; with one frame, as in the decoder, tiny 6 and 2.6, lapa 11 and 2.7.
+        Test: test_peg_is_a_causal_convolution"""
+        out = self.tap(2, x, grid) + self.conv.bias
+        if x.shape[1] == 2:
+            past = self.tap(1, x[:, :1], grid)  # B 1 N D: what the first frame adds to the second
+            out = out + F.pad(past, (0, 0, 0, 0, 1, 0))
         return out
+
+    def tap(self, t: int, frames: Tensor, grid: int) -> Tensor:
+        """Frames [B, n, N, D] under slice t of the kernel (2: now, 1: one step back)"""
+        y = frames.reshape(-1, grid, grid, frames.shape[-1]).movedim(-1, 1)  # Bn D h w
+        y = F.conv2d(y, self.conv.weight[:, :, t], padding=1, groups=y.shape[1])
+        return y.movedim(1, -1).reshape(frames.shape)  # B n N D
+
+
+class MisreadPEG(PEG):
+    """The official temporal PEG: its memory is laid out as (N, T) but read as (T, N), so that it
+    convolves across halves of the image (docs/deviations.md, 2).  Converted weights need it."""
+
+    def forward(self, x: Tensor, grid: int) -> Tensor:
+        B, T, N, D = x.shape
+        misread = x.transpose(1, 2).reshape(B, T, N, D)  # B N T D in memory
+        return super().forward(misread, grid).reshape(B, N, T, D).transpose(1, 2)  # B T N D
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """softmax(q k^T + bias) v, the plain form.
+
+    q [B, N, heads, dim_head], k and v [B, M, heads, dim_head], bias [1, heads, N, M] -> as q"""
+    q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # B heads N dim_head
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0).transpose(1, 2)
+
+
+def attend_by_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`attend`, written out: on CPUs torch's fused attention is slower where there is a bias.
+
+    Gain in training and inference: tiny [128, 64, 4, 24] 1.1 and 1.8, lapa [16, 64, 16, 64] 1.3 and
+    1.3.  Cross-attention, without a bias, loses: 0.9 and 0.5 of the speed.
+    Test: test_attention_over_the_grid_is_attention"""
+    q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # B heads N dim_head
+    logits = q @ k.mT  # B heads N M
+    if bias is not None:
+        logits = logits + bias
+    return (logits.softmax(-1) @ v).transpose(1, 2)  # B N heads dim_head
+
+
+def attend_to_two(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`attend` for two keys without a bias, the frames of a pair: softmax over two is a sigmoid of
+    the difference, and no matrix products of size two are left.
+
+    Gain in training and inference: tiny [4096, 2, 4, 24] 1.5 and 8, lapa [512, 2, 16, 64] 1 and 5.
+    Test: test_attention_is_attention_also_over_two_frames"""
+    gap = k[:, 1:] - k[:, :1]  # B 1 heads dim_head
+    second = torch.sigmoid((q * gap).sum(-1, keepdim=True))  # B N heads 1, weight of the second
+    v = v.to(second.dtype)
+    return torch.lerp(v[:, :1], v[:, 1:], second)  # B N heads dim_head
+
+
+def unit(x: Tensor) -> Tensor:
+    """Vectors [.., dim_head] scaled to length 1"""
+    return x * x.norm(dim=-1, keepdim=True).clamp(min=1e-12).reciprocal()
 
 
 class Attention(nn.Module):
-    """Cosine attention: unit queries and keys, a learned scale a channel, logits times 8."""
+    """Cosine attention (code): unit queries and keys, a scale per channel, logits times 8"""
 
-    def __init__(self, dim, heads, dim_head, cross=False):
+    def __init__(self, dim: int, heads: int, dim_head: int, cross: bool = False) -> None:
         super().__init__()
         inner = heads * dim_head
         self.heads = heads
@@ -96,83 +183,104 @@ class Attention(nn.Module):
             self.null_kv = nn.Parameter(torch.randn(heads, 4, dim_head))
         self.cross = cross
 
-    def forward(self, x, context=None, bias=0):
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor:
         """x [B, N, D], context [B, M, D] for cross-attention, bias [1, heads, N, N] -> [B, N, D]"""
-        split = lambda y: y.unflatten(-1, (self.heads, -1))  # B N heads dim_head
-        unit = lambda y: y * y.norm(dim=-1, keepdim=True).clamp(min=1e-12).reciprocal()
         # Only the queries see a LayerNorm in self-attention: keys and values read the raw x (code).
-        source = self.context_norm(context) if self.cross else x
-        q = split(self.to_q(self.norm(x)))
-        k, v = map(split, self.to_kv(source).chunk(2, dim=-1))
-        if self.cross:
+        source = self.context_norm(context) if self.cross else x  # B M D
+        q = self.to_q(self.norm(x)).unflatten(-1, (self.heads, -1))  # B N heads dim_head
+        k, v = self.to_kv(source).chunk(2, dim=-1)  # B M inner
+        k = k.unflatten(-1, (self.heads, -1))  # B M heads dim_head
+        v = v.unflatten(-1, (self.heads, -1))
+        if self.cross:  # two learned keys and values in front
             null = self.null_kv.transpose(0, 1).expand(len(x), -1, -1, -1).to(k.dtype)
-            k = torch.cat((null[:, 0::2], k), dim=1)
+            k = torch.cat((null[:, 0::2], k), dim=1)  # B 2+M heads dim_head
             v = torch.cat((null[:, 1::2], v), dim=1)
-        q, k = unit(q), unit(k) * (8 * self.q_scale * self.k_scale)
-        if k.shape[1] == 2:  # over time, no bias: softmax over two is a sigmoid
-            second = torch.sigmoid((q * (k[:, 1:] - k[:, :1])).sum(-1, keepdim=True))
-            v = v.to(second.dtype)
-            return self.to_out(torch.lerp(v[:, :1], v[:, 1:], second).flatten(2))
-        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # B heads N dim_head
-        return self.to_out(((q @ k.mT + bias).softmax(-1) @ v).transpose(1, 2).flatten(2))
+        q = unit(q)
+        k = unit(k) * (8 * self.q_scale * self.k_scale)  # both scales act on a logit alike
+        if k.shape[1] == 2 and bias is None:
+            y = attend_to_two(q, k, v)
+        else:
+            y = attend_by_products(q, k, v, bias)
+        return self.to_out(y.flatten(2))  # B N D
 
 
 class GEGLU(nn.Module):
-    def forward(self, x):
+    """[.., 2 n] -> [.., n]: the first half, gated by gelu of the second"""
+
+    def forward(self, x: Tensor) -> Tensor:
         value, gate = x.chunk(2, dim=-1)
         return value * F.gelu(gate)
 
 
 class Layer(nn.Module):
-    """x += PEG(x); x += attention(x); [x += cross(x)]; x += feed-forward(x)"""
+    """x += PEG(x); x += attention(x); [x += cross(x)]; x += feed-forward(x)  (code)
 
-    def __init__(self, dim, heads, dim_head, cross=False):
+    over_time: attention runs over the T frames at each patch, else over the N patches of a frame"""
+
+    def __init__(
+        self, c: LAQConfig, over_time: bool = False, cross: bool = False, peg: type[PEG] = PEG
+    ) -> None:
         super().__init__()
-        inner = int(4 * 2 / 3 * dim)
-        self.peg = PEG(dim)
-        self.attention = Attention(dim, heads, dim_head)
-        self.cross = Attention(dim, heads, dim_head, cross=True) if cross else None
+        inner = int(4 * 2 / 3 * c.dim)
+        self.over_time = over_time
+        self.grid = c.grid
+        self.peg = peg(c.dim)
+        self.attention = Attention(c.dim, c.heads, c.dim_head)
+        self.cross = Attention(c.dim, c.heads, c.dim_head, cross=True) if cross else None
         self.ff = nn.Sequential(
-            nn.LayerNorm(dim),
-            nn.Linear(dim, 2 * inner, bias=False),
+            nn.LayerNorm(c.dim),
+            nn.Linear(c.dim, 2 * inner, bias=False),
             GEGLU(),
-            nn.Linear(inner, dim, bias=False),
+            nn.Linear(inner, c.dim, bias=False),
         )
 
-    def forward(self, x, grid, over_time=False, misread=False, bias=0, context=None):
+    def forward(
+        self, x: Tensor, bias: Tensor | None = None, context: Tensor | None = None
+    ) -> Tensor:
+        """x [B, T, N, D]; bias [1, heads, N, N] of self-attention; context [B, K, D] of
+        cross-attention, where T is 1 -> [B, T, N, D]"""
         B, T, N, D = x.shape
-        if misread:  # the quirk: memory laid out as (N, T) is taken for (T, N)
-            memory = x.transpose(1, 2).reshape(B, T, N, D)
-            x = x + self.peg(memory, grid).reshape(B, N, T, D).transpose(1, 2)
-        else:
-            x = x + self.peg(x, grid)
-        rows = x.transpose(1, 2).flatten(0, 1) if over_time else x.flatten(0, 1)
-        rows = rows + self.attention(rows, bias=bias)  # (B N) T D over time, else (B T) N D
+        x = x + self.peg(x, self.grid)  # B T N D
+        rows = x.transpose(1, 2).reshape(B * N, T, D) if self.over_time else x.reshape(B * T, N, D)
+        rows = rows + self.attention(rows, bias=bias)
         if self.cross is not None:
             rows = rows + self.cross(rows, context)
         rows = rows + self.ff(rows)
-        return rows.unflatten(0, (B, N)).transpose(1, 2) if over_time else rows.unflatten(0, (B, T))
+        if self.over_time:
+            return rows.reshape(B, N, T, D).transpose(1, 2)  # B T N D
+        return rows.reshape(B, T, N, D)
 
 
 class Transformer(nn.Module):
-    """`depth` layers and a closing norm, attending over space or over time. [B, T, N, D]"""
+    """`depth` layers and a closing norm, attending over space or over time"""
 
-    def __init__(self, c, depth, over_time=False, cross=False):
+    def __init__(
+        self,
+        c: LAQConfig,
+        depth: int,
+        over_time: bool = False,
+        cross: bool = False,
+        peg: type[PEG] = PEG,
+    ) -> None:
         super().__init__()
-        self.over_time, self.grid, self.misread = over_time, c.grid, over_time and c.official_peg
-        self.layers = nn.ModuleList(Layer(c.dim, c.heads, c.dim_head, cross) for _ in range(depth))
+        self.layers = nn.ModuleList(Layer(c, over_time, cross, peg) for _ in range(depth))
         self.norm_out = nn.LayerNorm(c.dim, bias=False)
 
-    def forward(self, x, bias=0, context=None):
+    def forward(
+        self, x: Tensor, bias: Tensor | None = None, context: Tensor | None = None
+    ) -> Tensor:
+        """x [B, T, N, D]; bias and context: see Layer -> [B, T, N, D]"""
         for layer in self.layers:
-            x = layer(x, self.grid, self.over_time, self.misread, bias, context)
+            x = layer(x, bias, context)
         return self.norm_out(x)
 
 
 class PositionBias(nn.Module):
-    """Continuous position bias (Swin V2): an MLP over signed log distances. -> [1, heads, N, N]"""
+    """Continuous position bias (Swin V2): an MLP over signed log distances between patches."""
 
-    def __init__(self, dim, heads, grid):
+    def __init__(self, dim: int, heads: int, grid: int) -> None:
         super().__init__()
         self.net = nn.Sequential(
             nn.Linear(2, dim),
@@ -183,51 +291,77 @@ class PositionBias(nn.Module):
         )
         self.grid = grid
 
-    def forward(self):
-        # Only (2 grid - 1)^2 of the N^2 distances differ: run the MLP on those, then look up.
-        g, device = self.grid, self.net[0].weight.device
-        line = torch.arange(1 - g, g, device=device)
-        delta = torch.cartesian_prod(line, line).float()  # dy, dx
-        table = self.net(delta.sign() * torch.log(delta.abs() + 1)).T  # heads, (2g-1)^2
-        at = torch.cartesian_prod(*[torch.arange(g, device=device)] * 2)
-        dy, dx = (at[:, None] - at[None] + g - 1).unbind(-1)  # N N
-        return table[:, dy * (2 * g - 1) + dx][None]
+    def forward(self) -> Tensor:
+        """-> bias of attention logits, [1, heads, N, N]"""
+        return self.look_up()
+
+    def of_offsets(self, offset: Tensor) -> Tensor:
+        """Offsets (dy, dx) in patches, int [.., 2] -> biases [.., heads]"""
+        offset = offset.float()
+        return self.net(offset.sign() * torch.log(offset.abs() + 1))
+
+    def offsets(self) -> Tensor:
+        """(dy, dx) between each two patches, int [N, N, 2]"""
+        side = torch.arange(self.grid, device=self.net[0].weight.device)
+        place = torch.cartesian_prod(side, side)  # N 2
+        return place[:, None] - place[None]
+
+    def compute(self) -> Tensor:
+        """The plain form of `forward`: the MLP on all N^2 offsets"""
+        return self.of_offsets(self.offsets()).permute(2, 0, 1)[None]  # 1 heads N N
+
+    def look_up(self) -> Tensor:
+        """`compute` with the MLP on the (2 grid - 1)^2 offsets that differ and a look-up: 225 in
+        place of 4096 on a grid of 8.
+
+        Gain in training and inference: tiny 10 and 3.5, lapa 15 and 13.
+        Test: test_position_bias_depends_on_the_offset_alone"""
+        g = self.grid
+        line = torch.arange(1 - g, g, device=self.net[0].weight.device)
+        table = self.of_offsets(torch.cartesian_prod(line, line)).T  # heads (2g-1)^2
+        dy, dx = (self.offsets() + g - 1).unbind(-1)  # N N, from 0
+        return table[:, dy * (2 * g - 1) + dx][None]  # 1 heads N N
 
 
-def code_cnn(grid, code_len, q, relu=False):
+def code_cnn(grid: int, code_len: int, q: int, relu: bool = False) -> nn.Sequential:
     """The CNN that turns a grid of patches into `code_len` vectors (paper silent; code).
+    [B, q, grid, grid] -> [B, q, ..], code_len places
 
-    A stride-2 convolution halves the grid; what remains to be done depends on code_len.  relu: see
-    LAQConfig.
-    Raises ValueError for a grid that cannot give code_len vectors."""
-    down = lambda: nn.Conv2d(q, q, 3, stride=2, padding=1)
-    valid = {1: (4, 4), 2: (3, 4), 4: (3, 3)}  # kernels that leave 1x1, 1x2, 2x2 of a 4x4 map
+    A convolution of stride 2 halves the grid; what remains to be done depends on code_len.  relu:
+    see LAQConfig.  Raises ValueError for a grid that cannot give code_len vectors."""
+
+    def halve() -> nn.Conv2d:
+        return nn.Conv2d(q, q, 3, stride=2, padding=1)
+
+    kernels = {1: (4, 4), 2: (3, 4), 4: (3, 3)}  # they leave 1x1, 1x2, 2x2 of a 4x4 map
     if math.ceil(grid / 2) ** 2 == code_len:  # official at 64 and 256 codes; ours on small grids
-        return nn.Sequential(down(), nn.ReLU()) if relu else nn.Sequential(down())
-    if math.ceil(grid / 2) == 4 and code_len in valid:
-        return nn.Sequential(down(), nn.ReLU(), nn.Conv2d(q, q, valid[code_len]))
+        return nn.Sequential(halve(), nn.ReLU()) if relu else nn.Sequential(halve())
+    if math.ceil(grid / 2) == 4 and code_len in kernels:
+        return nn.Sequential(halve(), nn.ReLU(), nn.Conv2d(q, q, kernels[code_len]))
     if math.ceil(grid / 4) ** 2 == code_len:  # official at 16 codes
-        return nn.Sequential(down(), nn.ReLU(), down())
+        return nn.Sequential(halve(), nn.ReLU(), halve())
     raise ValueError(
         f"code_len {code_len} cannot be made of {grid}x{grid} patches: use 1, 2 or 4 "
         "with 7 or 8 patches a side, or code_len = (patches a side / 2)^2 or / 4"
     )
 
 
-def nearest(d, codebook):
-    """d [.., Q], codebook [V, Q] -> indices of the nearest entries by squared Euclidean distance"""
+def nearest(d: Tensor, codebook: Tensor) -> Tensor:
+    """d [.., Q], codebook [V, Q] -> int64 [..], the entry nearest by squared Euclidean distance"""
     with torch.autocast(d.device.type, enabled=False):
-        d, codebook = d.float(), codebook.float()
+        d = d.float()
+        codebook = codebook.float()
+        # |d - c|^2 = |d|^2 - 2 d c + |c|^2
         distance = (d**2).sum(-1, keepdim=True) - 2 * d @ codebook.T + (codebook**2).sum(-1)
-    return distance.argmin(-1)
+    return distance.argmin(-1)  # of [.., V]
 
 
 class Quantizer(nn.Module):
     """NSVQ (Vali and Backstrom 2022) with a codebook that cannot stay dead.
 
-    State: `codebook` [V, Q] and the buffer `uses` [V] of each entry since the last replacement."""
+    State: `codebook` [V, Q] and the buffer `uses` [V], of each entry since the last replacement."""
 
-    def __init__(self, c):
+    def __init__(self, c: LAQConfig) -> None:
         super().__init__()
         self.c = c
         self.project_in = nn.Linear(c.dim, c.quant_dim)
@@ -236,89 +370,112 @@ class Quantizer(nn.Module):
         self.codebook = nn.Parameter(torch.randn(c.codebook_size, c.quant_dim) * c.codebook_init)
         self.register_buffer("uses", torch.zeros(c.codebook_size))
 
-    def difference(self, first, last):
+    def difference(self, first: Tensor, last: Tensor) -> Tensor:
         """Patch tokens of both frames [B, N, D] -> d = cnn(last) - cnn(first), [B, K, Q]"""
+        return self.summary(last) - self.summary(first)
 
-        def summary(x):
-            x = self.project_in(x).transpose(1, 2)  # B Q N
-            return self.cnn(x.unflatten(2, (self.c.grid, self.c.grid))).flatten(2).transpose(1, 2)
+    def summary(self, x: Tensor) -> Tensor:
+        """Patch tokens of a frame [B, N, D] -> [B, K, Q]"""
+        x = self.project_in(x).transpose(1, 2)  # B Q N
+        x = x.unflatten(2, (self.c.grid, self.c.grid))  # B Q h w
+        return self.cnn(x).flatten(2).transpose(1, 2)  # B K Q
 
-        return summary(last) - summary(first)
+    def nsvq_substitute(self, d: Tensor, indices: Tensor, noise: Tensor | None = None) -> Tensor:
+        """The training value d + |d - c| v/|v|, v ~ N(0, I): noise of the error's size in place of
+        the error, so that gradients reach encoder and codebook.
 
-    def substitute(self, d, indices, noise=None):
-        """The NSVQ training value d + |d - c| v/|v|: gradients reach encoder and codebook."""
+        d [B, K, Q], indices int64 [B, K], noise [B, K, Q] (None: drawn here) -> [B, K, Q]"""
         noise = torch.randn_like(d) if noise is None else noise
-        error = (d - self.codebook[indices]).norm(dim=-1, keepdim=True)
+        error = (d - self.codebook[indices]).norm(dim=-1, keepdim=True)  # B K 1
         return d + (error / noise.norm(dim=-1, keepdim=True) + 1e-12) * noise
 
-    def tokens(self, values):
-        """Quantised values [B, K, Q] -> action tokens for the decoder [B, K, D]"""
-        if self.c.official_code_read:
+    def tokens(self, values: Tensor) -> Tensor:
+        """Quantized values [B, K, Q] -> action tokens for the decoder [B, K, D]"""
+        if self.c.official_code_read:  # docs/deviations.md, 3
             values = values.reshape(len(values), self.c.quant_dim, -1).transpose(1, 2)
         return self.project_out(values)
 
     @torch.no_grad()
-    def count(self, d, indices, pull=0.0):
-        """After a step on d [B, K, Q] and its indices [B, K], of all processes: remember every use,
-        and move used entries the share `pull` of the way to the mean of what chose them (0: the
-        gradient alone moves the codebook, as in the paper).  Officially a code counts once."""
-        chosen = F.one_hot(indices.flatten(), len(self.uses)).to(d.dtype)  # BK V
-        uses = chosen.sum(0)[:, None]
-        if self.c.official_counting:
-            self.uses[indices.flatten()] += 1  # a repeated index adds one only: the official bug
-        else:
-            self.uses += uses[:, 0]
-        mean = chosen.T @ d.flatten(0, 1) / uses.clamp(min=1)
+    def count_uses(self, indices: Tensor) -> None:
+        """After a step: add every use of an entry in indices, int64 [B, K] of all processes"""
+        self.uses += torch.bincount(indices.flatten(), minlength=len(self.uses))
+
+    @torch.no_grad()
+    def pull_to_means(self, d: Tensor, indices: Tensor, pull: float) -> None:
+        """After a step: move used entries the share `pull` of the way to the mean of what chose
+        them.  0: the gradient alone moves the codebook, as in the paper.
+
+        d [B, K, Q], indices int64 [B, K], of all processes"""
+        chosen = F.one_hot(indices.flatten(), len(self.codebook)).to(d.dtype)  # BK V
+        uses = chosen.sum(0)[:, None]  # V 1
+        mean = chosen.T @ d.flatten(0, 1) / uses.clamp(min=1)  # V Q
         self.codebook += pull * (uses > 0) * (mean - self.codebook)
 
     @torch.no_grad()
-    def replace_dead(self, d, dead_below=0.1):
+    def replace_dead_codes(self, d: Tensor, dead_below: float = 0.1) -> int:
         """Move each entry with under `dead_below` of a fair share of the uses onto an encoder
         output of the batch d [B, K, Q], chosen with probability ~ squared distance to the live
-        entries (k-means++).  Returns how many moved."""
-        if self.c.official_counting:
-            dead = self.uses / len(d) < dead_below
-            live = self.codebook[~dead]
-            if len(live):
-                pick = torch.randint(len(live), (int(dead.sum()),), device=d.device)
-                noise = 1e-12 * torch.randn_like(self.codebook[dead])
-                self.codebook[dead] = live[pick] + noise
-        else:
-            now = torch.bincount(nearest(d, self.codebook).flatten(), minlength=len(self.uses))
-            if (now > 0).sum() * 2 <= len(now):  # collapsed, though entries may take turns in time
-                self.uses *= now > 0
-            dead = self.uses < dead_below * self.uses.sum() / len(self.uses)
-            points = d.flatten(0, 1).float()
-            taken = self.codebook[~dead].float()
-            for i in dead.nonzero().flatten().tolist():
-                gap = (
-                    torch.cdist(points, taken).min(dim=1).values ** 2
-                    if len(taken)
-                    else torch.ones(len(points), device=d.device)
-                )
-                far = points[torch.multinomial(gap + 1e-12, 1)]
-                self.codebook[i] = far[0].to(self.codebook.dtype)
-                taken = torch.cat((taken, far))
+        entries (k-means++).  -> how many moved"""
+        now = torch.bincount(nearest(d, self.codebook).flatten(), minlength=len(self.uses))  # V
+        if (now > 0).sum() * 2 <= len(now):  # collapsed, though entries may take turns in time
+            self.uses *= now > 0
+        dead = self.uses < dead_below * self.uses.sum() / len(self.uses)  # V
+        points = d.flatten(0, 1).float()  # BK Q
+        taken = self.codebook[~dead].float()
+        for i in dead.nonzero().flatten().tolist():
+            gap = torch.ones(len(points), device=d.device)  # BK
+            if len(taken):
+                gap = torch.cdist(points, taken).min(dim=1).values ** 2
+            far = points[torch.multinomial(gap + 1e-12, 1)]  # 1 Q
+            self.codebook[i] = far[0].to(self.codebook.dtype)
+            taken = torch.cat((taken, far))
+        self.uses.zero_()
+        return int(dead.sum())
+
+
+class OfficialQuantizer(Quantizer):
+    """The official counting and replacement, which let a codebook collapse (docs/deviations.md, 1;
+    laq/laq_model/nsvq.py, NSVQ.forward and NSVQ.replace_unused_codebooks)"""
+
+    @torch.no_grad()
+    def count_uses(self, indices: Tensor) -> None:
+        """An entry counts once per batch, however often it was used"""
+        self.uses[indices.flatten()] += 1
+
+    @torch.no_grad()
+    def replace_dead_codes(self, d: Tensor, dead_below: float = 0.1) -> int:
+        """Entries used less than dead_below x batch size times become copies of others.
+        -> how many"""
+        dead = self.uses / len(d) < dead_below  # V
+        live = self.codebook[~dead]
+        if len(live):
+            pick = torch.randint(len(live), (int(dead.sum()),), device=d.device)
+            noise = 1e-12 * torch.randn_like(self.codebook[dead])
+            self.codebook[dead] = live[pick] + noise
         self.uses.zero_()
         return int(dead.sum())
 
 
 class LAQ(nn.Module):
-    """Latent action quantizer.  Frames are float [.., 3, H, W] in [0, 1]."""
+    """Latent action quantizer.  Frames are float [.., 3, H, W] in [0, 1].
 
-    def __init__(self, config):
+    Raises ValueError for an image_size that patch_size does not divide, and see `code_cnn`."""
+
+    def __init__(self, config: LAQConfig) -> None:
         super().__init__()
         c = self.config = config
         if c.image_size % c.patch_size:
             raise ValueError(f"image_size {c.image_size}: no multiple of patch_size {c.patch_size}")
         pixels = 3 * c.patch_size**2
+        temporal_peg = MisreadPEG if c.official_peg else PEG
+        quantizer = OfficialQuantizer if c.official_counting else Quantizer
         self.patch_embed = nn.Sequential(
             nn.LayerNorm(pixels), nn.Linear(pixels, c.dim), nn.LayerNorm(c.dim)
         )
         self.position_bias = PositionBias(c.dim, c.heads, c.grid)
         self.spatial_encoder = Transformer(c, c.spatial_depth)
-        self.temporal_encoder = Transformer(c, c.temporal_depth, over_time=True)
-        self.quantizer = Quantizer(c)
+        self.temporal_encoder = Transformer(c, c.temporal_depth, over_time=True, peg=temporal_peg)
+        self.quantizer = quantizer(c)
         self.decoder = Transformer(c, c.decoder_depth, cross=True)
         self.to_pixels = nn.Linear(c.dim, pixels)
         self.blocks = [module for module in self.modules() if isinstance(module, Layer)]
@@ -326,58 +483,61 @@ class LAQ(nn.Module):
             nn.init.zeros_(self.to_pixels.weight)
             nn.init.zeros_(self.to_pixels.bias)
 
-    def patches(self, frames):
+    def patches(self, frames: Tensor) -> Tensor:
         """[B, T, 3, H, W] -> patch embeddings [B, T, N, D]"""
         return self.patch_embed(patchify(frames, self.config.patch_size))
 
-    def encode(self, tokens, bias):
-        """Patch embeddings [B, 2, N, D] -> pre-quantisation difference d [B, K, Q]"""
-        x = self.temporal_encoder(self.spatial_encoder(tokens, bias))
+    def encode(self, tokens: Tensor, bias: Tensor) -> Tensor:
+        """Patch embeddings [B, 2, N, D], bias [1, heads, N, N] -> d [B, K, Q], not yet quantized"""
+        x = self.spatial_encoder(tokens, bias)  # B 2 N D
+        x = self.temporal_encoder(x)  # B 2 N D
         return self.quantizer.difference(x[:, 0], x[:, 1])
 
-    def difference(self, pair):
+    def difference(self, pair: Tensor) -> Tensor:
         """pair [B, 2, 3, H, W] -> d [B, K, Q], what the codes are made of"""
         return self.encode(self.patches(pair), self.position_bias())
 
-    def decode(self, frame, first, values, bias):
-        """x_t [B, 3, H, W], its embeddings [B, 1, N, D], quantised d [B, K, Q] -> x_{t+H}"""
+    def decode(self, frame: Tensor, first: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+        """x_t [B, 3, H, W], its embeddings [B, 1, N, D], quantized d [B, K, Q] -> x_{t+H}"""
         context = self.quantizer.tokens(values)  # B K D
         x = self.to_pixels(self.decoder(first, bias, context))[:, 0]  # B N 3pp
-        x = x.mT.contiguous().unflatten(2, (self.config.grid, -1))  # B 3pp g g
-        x = F.pixel_shuffle(x, self.config.patch_size)
+        x = x.mT.contiguous().unflatten(2, (self.config.grid, -1))  # B 3pp h w
+        x = F.pixel_shuffle(x, self.config.patch_size)  # B 3 H W
         return frame + x if self.config.residual else x
 
-    def forward(self, pair, seen=None, noise=None):
+    def forward(
+        self, pair: Tensor, seen: Tensor | None = None, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Training pass (paper 3.1): the MSE of the future frame drawn through NSVQ.
 
         pair [B, 2, 3, H, W] is (x_t, x_{t+H}); `seen`, of the same shape, is what the encoder looks
         at instead (see quantize.py); noise [B, K, Q] stands in for NSVQ's own.
-        -> loss (scalar), d [B, K, Q], indices [B, K]"""
-        bias = self.position_bias()
-        tokens = self.patches(pair)
+        -> loss (scalar), d float32 [B, K, Q], indices int64 [B, K]"""
+        bias = self.position_bias()  # 1 heads N N
+        tokens = self.patches(pair)  # B 2 N D
         d = self.encode(tokens if seen is None else self.patches(seen), bias).float()
         indices = nearest(d, self.quantizer.codebook)
-        value = self.quantizer.substitute(d, indices, noise)
+        value = self.quantizer.nsvq_substitute(d, indices, noise)
         # The decoder must not shape the patch embedding: official code detaches here.
         predicted = self.decode(pair[:, 0], tokens[:, :1].detach(), value, bias)
         return F.mse_loss(predicted.float(), pair[:, 1]), d, indices
 
     @torch.no_grad()
-    def label(self, pair):
+    def label(self, pair: Tensor) -> Tensor:
         """pair [B, 2, 3, H, W] -> latent action, int64 [B, K] in [0, codebook_size)"""
         return nearest(self.difference(pair), self.quantizer.codebook)
 
     @torch.no_grad()
-    def imagine(self, frame, codes):
+    def imagine(self, frame: Tensor, codes: Tensor) -> Tensor:
         """World model: x_t [B, 3, H, W] and codes int [B, K] -> predicted x_{t+H} [B, 3, H, W]"""
-        first = self.patches(frame[:, None])
+        first = self.patches(frame[:, None])  # B 1 N D
         return self.decode(frame, first, self.quantizer.codebook[codes], self.position_bias())
 
 
 # ------------------------------------------------------------------------ stages 2 and 3: VLA
 VOCABULARIES = "text", "vision", "latent", "action"
 TEXT, VISION, LATENT, ACTION = range(4)  # the vocabulary a position belongs to
-END_OF_IMAGE = 8193  # in the vision vocabulary, behind an image's codes
+END_OF_IMAGE = 8193  # in the vision vocabulary, after an image's codes
 LOW_RANK = ".down", ".up"  # how the names of what LoRA adds end (see finetune.py)
 
 
@@ -385,80 +545,179 @@ LOW_RANK = ".down", ".up"  # how the names of what LoRA adds end (see finetune.p
 class VLAConfig:
     """Shape of a vision-language-action model; the defaults are LWM-Chat-1M's body (7B)."""
 
-    dim: int = 4096
-    layers: int = 32
-    heads: int = 32
-    mlp: int = 11008
-    text_vocab: int = 32000
-    vision_vocab: int = 8448  # 8192 VQGAN codes and 256 specials; 0: images as linear patches
-    latent_vocab: int = 8  # codes of the LAQ; 0: no latent table and head
-    action_vocab: int = 0  # 256 bins a robot action dimension; 0: no action table and head
-    rope_theta: float = 5e7
-    rms_eps: float = 1e-6
-    rounded_rope: bool = False  # angles, cosines and sines in bf16, as official weights know them
-    image_size: int = 256  # pixels, square
-    patch_size: int = 16  # pixels that one code or one linear patch stands for; 0: text only
+    dim: int = option(4096, "width")
+    layers: int = option(32, "blocks")
+    heads: int = option(32, "attention heads")
+    mlp: int = option(11008, "width inside the feed-forward part of a block")
+    text_vocab: int = option(32000, "tokens of the tokenizer")
+    vision_vocab: int = option(
+        8448, "8192 VQGAN codes and 256 specials; 0: images as linear patches", least=0
+    )
+    latent_vocab: int = option(8, "codes of the LAQ; 0: no latent table and head", least=0)
+    action_vocab: int = option(
+        0, "256 bins per robot action dimension; 0: no action table and head", least=0
+    )
+    rope_theta: float = option(5e7, "base of the rotary embedding's wavelengths")
+    rms_eps: float = option(1e-6, "added to the mean square in RMSNorm")
+    rounded_rope: bool = option(
+        False, "angles, cosines and sines in bf16, as official weights know them"
+    )
+    image_size: int = option(256, "pixels, square")
+    patch_size: int = option(
+        16, "pixels that one code or one linear patch stands for; 0: text only", least=0
+    )
 
     @property
-    def image_tokens(self):
+    def dim_head(self) -> int:
+        return self.dim // self.heads
+
+    @property
+    def image_tokens(self) -> int:
         """Positions that an image fills: its patches, or its codes and END_OF_IMAGE"""
         patches = (self.image_size // self.patch_size) ** 2 if self.patch_size else 0
         return patches + bool(self.vision_vocab)
 
 
-def rotate(x, cos, sin):
-    """Interleaved rotary embedding: channel pairs (2i, 2i+1). x [B, heads, L, dim_head]; cos and
-    sin [.., dim_head] hold each angle twice, sin first with a minus"""
+def positions(valid: Tensor) -> Tensor:
+    """bool [B, S] -> int64 [B, S], the number of valid tokens before each one (official; 0 in
+    padding on the left)"""
+    return (valid.long().cumsum(1) - 1).clamp(min=0)
+
+
+def causal_mask(valid: Tensor, dtype: torch.dtype) -> Tensor:
+    """bool [B, S] -> [B, 1, S, S], added to logits: 0 where a row may look, else -inf.
+
+    A place sees the valid ones up to itself, and always itself: a padding row without anything to
+    see would be NaN."""
+    place = torch.arange(valid.shape[1], device=valid.device)
+    seen = (place <= place[:, None]) & valid[:, None, None, :]  # B 1 S S
+    seen = seen | (place == place[:, None])
+    return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, -math.inf)
+
+
+def rope_table(angle: Tensor, rounded: bool) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of angles; rounded: as official bf16 code makes them (docs/formats.md)"""
+
+    def stored(x: Tensor) -> Tensor:
+        return x.bfloat16().float() if rounded else x
+
+    angle = stored(angle)
+    return stored(angle.cos()), stored(angle.sin())
+
+
+def rope(position: Tensor, c: VLAConfig) -> tuple[Tensor, Tensor]:
+    """int64 [B, S] -> cosines and sines [B, 1, S, dim_head] for `rotate`: each angle twice, its
+    sine first with a minus"""
+    half = torch.arange(0, c.dim_head, 2, device=position.device).float()  # dim_head/2
+    angle = position[:, None, :, None] * c.rope_theta ** (-half / c.dim_head)
+    cos, sin = rope_table(angle, c.rounded_rope)  # B 1 S dim_head/2
+    return cos.repeat_interleave(2, dim=-1), torch.stack((-sin, sin), dim=-1).flatten(-2)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Interleaved rotary embedding: channel pairs (2i, 2i+1) turn by an angle (official; Hugging
+    Face pairs i with i + dim_head/2).  x [B, heads, L, dim_head]; cos, sin: see `rope`"""
     y = x.float()
     swapped = y.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     return (y * cos + swapped * sin).to(x.dtype)
 
 
-def rope_table(angle, rounded):
-    """Cosine and sine of angles; rounded: as official bf16 code makes them (docs/formats.md)"""
-    stored = lambda x: x.bfloat16().float() if rounded else x
-    return stored(stored(angle).cos()), stored(stored(angle).sin())
+class KVCache(nn.Module):
+    """Keys and values of all S places of one block, [B, heads, S, dim_head] each.
+
+    Its shape is fixed and it is written in place: a CUDA graph remembers the address of a module's
+    buffers.  They follow the model to a device or precision and are in no state dict."""
+
+    def __init__(self, shape: tuple[int, ...], like: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("keys", like.new_zeros(shape), persistent=False)
+        self.register_buffer("values", like.new_zeros(shape), persistent=False)
+
+    def update(self, at: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k and v [B, heads, L, dim_head] at the places `at`, int64 [L] -> all S of both"""
+        self.keys.index_copy_(2, at, k.to(self.keys.dtype))
+        self.values.index_copy_(2, at, v.to(self.values.dtype))
+        return self.keys, self.values
 
 
 class Block(nn.Module):
     """One LLaMA layer: x += attention(norm(x)); x += w2(silu(w1 norm(x)) * w3 norm(x))"""
 
-    def __init__(self, c):
+    def __init__(self, c: VLAConfig) -> None:
         super().__init__()
-        linear = lambda i, o: nn.Linear(i, o, bias=False)
-        self.heads = c.heads
-        self.attention_norm, self.ffn_norm = (nn.RMSNorm(c.dim, c.rms_eps) for _ in range(2))
-        self.wq, self.wk, self.wv, self.wo = (linear(c.dim, c.dim) for _ in range(4))
-        self.w1, self.w3, self.w2 = linear(c.dim, c.mlp), linear(c.dim, c.mlp), linear(c.mlp, c.dim)
-        # Keys and values of all S places, [2, B, heads, S, dim_head], while a VLA generates.
-        self.register_buffer("cache", None, persistent=False)
 
-    def forward(self, x, cos, sin, mask, at=None):
-        split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # B heads L dim_head
-        y = self.attention_norm(x)
-        q, k, v = (split(linear(y)) for linear in (self.wq, self.wk, self.wv))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        def linear(inputs: int, outputs: int) -> nn.Linear:
+            return nn.Linear(inputs, outputs, bias=False)
+
+        self.heads = c.heads
+        self.attention_norm = nn.RMSNorm(c.dim, c.rms_eps)
+        self.ffn_norm = nn.RMSNorm(c.dim, c.rms_eps)
+        self.wq = linear(c.dim, c.dim)
+        self.wk = linear(c.dim, c.dim)
+        self.wv = linear(c.dim, c.dim)
+        self.wo = linear(c.dim, c.dim)
+        self.w1 = linear(c.dim, c.mlp)
+        self.w3 = linear(c.dim, c.mlp)
+        self.w2 = linear(c.mlp, c.dim)
+        self.register_module("cache", None)  # a KVCache once the VLA has generated
+
+    def split(self, y: Tensor) -> Tensor:
+        """[B, L, D] -> [B, heads, L, dim_head]"""
+        return y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        at: Tensor | None = None,
+    ) -> Tensor:
+        """x [B, L, D], cos and sin [B or 1, 1, L, dim_head] -> [B, L, D].
+
+        Without `at`: mask [B, 1, L, L], or None for a causal one.  With `at`, int64 [L]: x stands
+        at these places of the cache, and looks at all S of them through mask [B, 1, L, S]"""
+        y = self.attention_norm(x)  # B L D
+        q = rotate(self.split(self.wq(y)), cos, sin)  # B heads L dim_head
+        k = rotate(self.split(self.wk(y)), cos, sin)
+        v = self.split(self.wv(y))
         if at is not None:
-            k, v = self.cache.index_copy_(3, at, torch.stack((k, v)).to(self.cache.dtype))
+            k, v = self.cache.update(at, k, v)  # B heads S dim_head
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        x = x + self.wo(y.transpose(1, 2).flatten(2))
+        x = x + self.wo(y.transpose(1, 2).flatten(2))  # B L D
         y = self.ffn_norm(x)
         return x + self.w2(F.silu(self.w1(y)) * self.w3(y))
 
 
-def smooth_positions(grid, dim):
-    """Sines and cosines of a patch's place, so slow that neighbours look alike. [grid^2, dim]"""
-    period = 2 * math.pi * 10 ** (-torch.arange(dim // 4) / (dim // 4))
-    angle = torch.arange(grid)[:, None] / grid * period
-    waves = torch.cat((angle.sin(), angle.cos()), dim=1)  # grid, dim/2
+def smooth_positions(grid: int, dim: int) -> Tensor:
+    """Sines and cosines of a patch's place, so slow that neighbors look alike. [grid^2, dim]"""
+    period = 2 * math.pi * 10 ** (-torch.arange(dim // 4) / (dim // 4))  # dim/4
+    angle = torch.arange(grid)[:, None] / grid * period  # grid dim/4
+    waves = torch.cat((angle.sin(), angle.cos()), dim=1)  # grid dim/2
     both = torch.cat((waves.repeat(grid, 1), waves.repeat_interleave(grid, 0)), dim=1)  # of x, of y
     return (both - both.mean(0)) / both.std()
 
 
-class VLA(nn.Module):
-    """LLaMA over four vocabularies.  Each position is embedded and scored by its own one."""
+def soft_targets(target: Tensor, size: int, width: float | Tensor) -> Tensor:
+    """Tokens int64 [n] -> probabilities [n, size], a Gaussian over the tokens around each: of one
+    width, or of one for each, [n, 1]"""
+    gap = torch.arange(size, device=target.device) - target[:, None]  # n size
+    return torch.softmax(-0.5 * (gap / width) ** 2, dim=-1)
 
-    def __init__(self, config):
+
+def zero_after_end(answer: Tensor) -> Tensor:
+    """What official generation makes of tokens [B, n]: 0 after a token 2, the end of text, which
+    officially ends latent codes too (docs/deviations.md, 15)"""
+    end = answer == 2
+    return answer * (end.cumsum(1) - end.long() == 0)
+
+
+class VLA(nn.Module):
+    """LLaMA over four vocabularies.  Each position is embedded and scored by its own one.
+
+    Raises ValueError for sizes that do not divide."""
+
+    def __init__(self, config: VLAConfig) -> None:
         super().__init__()
         c = self.config = config
         if c.dim % (2 * c.heads) or c.dim % 4 or c.image_size % max(1, c.patch_size):
@@ -480,8 +739,15 @@ class VLA(nn.Module):
             setattr(self, f"{name}_head", nn.Linear(c.dim, size, bias=False) if size else None)
         self.apply(self.init_weights)
 
-    def init_weights(self, module):
-        """Fresh weights of one module, of the model itself last (see nn.Module.apply)"""
+    def init_weights(self, module: nn.Module) -> None:
+        """Fresh weights of one module, of the model itself last (see nn.Module.apply):
+
+        tables, heads, wq wk wv wo, w1 w2 w3   N(0, 0.02^2)
+        biases                                 0
+        RMSNorm                                1
+        LoRA                                   see LowRank in finetune.py
+        patch_embed.weight                     N(0, 0.06^2): 0.02 takes twice as long to see
+        patch_position                         `smooth_positions`"""
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=0.02)
             if getattr(module, "bias", None) is not None:
@@ -489,161 +755,273 @@ class VLA(nn.Module):
         elif hasattr(module, "reset_parameters"):
             module.reset_parameters()
         if module is self and self.patches:
-            nn.init.normal_(self.patch_embed.weight, std=0.06)  # 0.02 takes twice as long to see
+            nn.init.normal_(self.patch_embed.weight, std=0.06)
             grid = self.config.image_size // self.config.patch_size
-            put(self.patch_position, smooth_positions(grid, self.config.dim))
+            fill(self.patch_position, smooth_positions(grid, self.config.dim))
 
-    def parameter_groups(self, lr, head_lr, fresh, freeze_vision):
+    @torch.no_grad()
+    def load_pretrained(self, weights: Mapping[str, Tensor]) -> list[str]:
+        """Copy another VLA's tensors by name (name -> tensor or safetensors slice).  Vision, latent
+        and action tables and heads, and LoRA's tensors, that it does not have keep their fresh
+        values; those that this model does not have are left out.  Everything else must agree, see
+        `load_strictly`.  -> names of the fresh tensors"""
+        own = tuple(f"{name}_" for name in VOCABULARIES[1:])
+        state = self.state_dict()
+        fresh = [
+            name
+            for name in state
+            if name not in weights and (name.startswith(own) or name.endswith(LOW_RANK))
+        ]
+        kept = {
+            name: tensor
+            for name, tensor in weights.items()
+            if name in state or not name.startswith(own)
+        }
+        load_strictly(self, kept, fresh)
+        return fresh
+
+    @torch.no_grad()
+    def start_from_tags(
+        self, weights: Mapping[str, Tensor], fresh: Collection[str], tags: Mapping[int, int]
+    ) -> None:
+        """Let fresh input tables begin where the body can already read (docs/deviations.md, 8): all
+        rows as the text embedding of their vocabulary's opening tag.  If latent actions were left
+        out, robot actions follow on them: rows as the mean latent action, their tag as its tag.
+
+        weights, fresh: what `load_pretrained` took and gave; tags: LATENT and ACTION -> token"""
+        follows_latent = "latent_embed.weight" in weights and self.latent_embed is None
+        text = full_tensor(self.text_embed.weight).clone()  # V D
+        for kind, table in ((LATENT, self.latent_embed), (ACTION, self.action_embed)):
+            if f"{VOCABULARIES[kind]}_embed.weight" in fresh:
+                row = text[tags[kind]].clone()
+                if follows_latent:
+                    row = weights["latent_embed.weight"][:].mean(0)
+                    text[tags[kind]] = text[tags[LATENT]]
+                    fill(self.text_embed.weight, text)
+                fill(table.weight, row.expand(table.weight.shape))
+
+    def parameter_groups(
+        self, lr: float, head_lr: float, fresh: Collection[str], freeze_vision: bool
+    ) -> list[dict]:
         """Optimizer groups: `fresh` tensors at head_lr x lr, others at lr or frozen (paper 3.2)"""
         if freeze_vision and self.patches:  # codes come from a VQGAN that is frozen anyway
             for p in (*self.patch_embed.parameters(), self.patch_position):
                 p.requires_grad_(False)
         new = [p for name, p in self.named_parameters() if name in fresh]
-        old = [p for name, p in self.named_parameters() if name not in fresh]
-        return [{"params": old, "lr": lr}, {"params": new, "lr": lr * head_lr}]
+        inherited = [p for name, p in self.named_parameters() if name not in fresh]
+        return [{"params": inherited, "lr": lr}, {"params": new, "lr": lr * head_lr}]
 
-    def heads(self):
-        """Vocabulary -> (embedding, head) for those this model has"""
+    def vocabularies(self) -> dict[int, tuple[nn.Embedding, nn.Linear]]:
+        """Vocabulary -> (table, head) for those this model has"""
         both = {
             kind: (getattr(self, f"{name}_embed"), getattr(self, f"{name}_head"))
             for kind, name in enumerate(VOCABULARIES)
         }
         return {kind: pair for kind, pair in both.items() if pair[0] is not None}
 
-    def embed(self, tokens, kinds, images):
+    def embed(self, tokens: Tensor, kinds: Tensor, images: Tensor | None) -> Tensor:
         """tokens, kinds int64 [B, L]; images float [B, 3, H, W] or None -> [B, L, D]"""
         x = sum(
             table(torch.where(kinds == kind, tokens, 0)) * (kinds == kind)[..., None]
-            for kind, (table, _) in self.heads().items()
+            for kind, (table, _) in self.vocabularies().items()
         )
         if images is not None:
             patches = patchify(images, self.config.patch_size).to(self.patch_position.dtype)
-            patches = (self.patch_embed(patches) + self.patch_position).to(x.dtype)
+            patches = (self.patch_embed(patches) + self.patch_position).to(x.dtype)  # B N D
             x = x.masked_scatter((kinds == VISION)[..., None], patches)
         return x
 
-    def tables(self, x, valid=None):
-        """Of all S places cosines and sines [B or 1, 1, S, dim_head], mask [B, 1, S, S] or None.
+    def attention_inputs(
+        self, x: Tensor, valid: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What each block's attention needs beside embeddings x [.., S, D]: cos and sin
+        [B or 1, 1, S, dim_head] and a mask [B, 1, S, S], None for a causal one.
 
-        valid bool [B, S]: which are no padding (None: all of the embeddings x [B, S, D]).
-        Position ids count valid tokens (as official)."""
-        c, S, mask = self.config, (x if valid is None else valid).shape[1], None
-        place = torch.arange(S, device=x.device)
-        position = place[None] if valid is None else (valid.long().cumsum(1) - 1).clamp(min=0)
-        if valid is not None:
-            seen = (place <= place[:, None]) & valid[:, None, None, :]
-            seen = seen | (place == place[:, None])  # a padding row sees itself: no NaN
-            mask = torch.zeros_like(seen, dtype=x.dtype).masked_fill(~seen, -math.inf)
-        half = torch.arange(0, c.dim // c.heads, 2, device=x.device).float()
-        angle = position[:, None, :, None] * c.rope_theta ** (-half / (c.dim // c.heads))
-        cos, sin = rope_table(angle, c.rounded_rope)
-        return cos.repeat_interleave(2, dim=-1), torch.stack((-sin, sin), dim=-1).flatten(-2), mask
+        valid bool [B, S]: which places are no padding (None: all of them)"""
+        if valid is None:
+            every = torch.arange(x.shape[1], device=x.device)[None]  # 1 S
+            return *rope(every, self.config), None
+        return *rope(positions(valid), self.config), causal_mask(valid, x.dtype)
 
-    def body(self, x, tables, at=None):
-        """Embeddings [B, L, D] -> final hidden states [B, L, D].
-
-        at int64 [L]: their places among the S of `tables`, if blocks shall keep keys and values"""
-        if at is not None:
-            tables = [table[:, :, at] for table in tables]
+    def body(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, at: Tensor | None = None
+    ) -> Tensor:
+        """Embeddings [B, L, D] -> final hidden states [B, L, D]; the rest: see Block"""
         for block in self.layers:
-            x = block(x, *tables, at)
+            x = block(x, cos, sin, mask, at)
         return self.norm(x)
 
-    def forward(self, tokens, kinds, images=None, valid=None):
+    def forward(
+        self,
+        tokens: Tensor,
+        kinds: Tensor,
+        images: Tensor | None = None,
+        valid: Tensor | None = None,
+    ) -> Tensor:
         """Final hidden states [B, L, D]; score them with `score`.
 
-        tokens, kinds int64 [B, L]; images [B, 3, H, W] in [-1, 1]; valid: see `tables`"""
-        x = self.embed(tokens, kinds, images)
-        return self.body(x, self.tables(x, valid))
+        tokens, kinds int64 [B, L]; images [B, 3, H, W] in [-1, 1]; valid: see attention_inputs"""
+        x = self.embed(tokens, kinds, images)  # B L D
+        return self.body(x, *self.attention_inputs(x, valid))
 
-    def score(self, hidden, kind):
+    def score(self, hidden: Tensor, kind: int) -> Tensor:
         """hidden [.., D] -> logits [.., V] of the vocabulary `kind`"""
-        return self.heads()[kind][1](hidden)
+        _, head = self.vocabularies()[kind]
+        return head(hidden)
 
-    def answer_loss(self, hidden, rows, kind, soft=0.0):
+    def answer_loss(
+        self,
+        hidden: Tensor,
+        rows: Mapping[str, Tensor],
+        kind: int,
+        soft: float | list[float] = 0.0,
+    ) -> tuple[Tensor, Tensor]:
         """Cross entropy of the answer's tokens of one vocabulary, averaged over a row's, then over
         all rows (code); a row that was cut before its answer counts as 0.  So the mean over the
         parts of a batch, on several processes or one after another, is that of the whole.
 
-        hidden [B, L, D]; rows: tensors [B, L] targets, target_kinds, mask (see data.Sequences);
-        soft: width in bins of a Gaussian around the true token (0: one-hot), one for all tokens of
-        an answer or a list of one for each.  -> loss, accuracy"""
-        chosen = rows["mask"] & (rows["target_kinds"] == kind)
-        row = chosen.nonzero()[:, 0]
-        logits, target = self.score(hidden[chosen], kind).float(), rows["targets"][chosen]
-        gap = torch.arange(logits.shape[-1], device=target.device) - target[:, None]
+        hidden [B, L, D]; rows: tensors [B, L] targets, target_kinds, mask (see sequences.py);
+        soft: width of `soft_targets` in bins (0: one-hot), one for all tokens of an answer or a
+        list of one for each.  -> loss, accuracy (scalars)"""
+        chosen = rows["mask"] & (rows["target_kinds"] == kind)  # B L, n of them true
+        logits = self.score(hidden[chosen], kind).float()  # n V
+        target = rows["targets"][chosen]  # n
+        wanted = target
         if isinstance(soft, list):
-            place = (chosen.cumsum(1) - 1)[chosen]  # of each token in its answer
-            width = torch.tensor(soft, device=target.device)[place, None].clamp(min=1e-3)
-            wanted = torch.softmax(-0.5 * (gap / width) ** 2, dim=-1)
-        else:
-            wanted = torch.softmax(-0.5 * (gap / soft) ** 2, dim=-1) if soft else target
-        losses = F.cross_entropy(logits, wanted, reduction="none")
-        count = torch.bincount(row, minlength=len(hidden))
-        right = (logits.argmax(-1) == target).float().sum() / max(1, len(target))
-        return (losses / count[row]).sum() / len(hidden), right
+            place = (chosen.cumsum(1) - 1)[chosen]  # n, of each token in its answer
+            width = torch.tensor(soft, device=target.device)[place, None].clamp(min=1e-3)  # n 1
+            wanted = soft_targets(target, logits.shape[-1], width)
+        elif soft:
+            wanted = soft_targets(target, logits.shape[-1], soft)
+        losses = F.cross_entropy(logits, wanted, reduction="none")  # n
+        row = chosen.nonzero()[:, 0]  # n
+        count = torch.bincount(row, minlength=len(hidden))  # B
+        correct = (logits.argmax(-1) == target).float().sum() / max(1, len(target))
+        return (losses / count[row]).sum() / len(hidden), correct
 
-    @torch.no_grad()
-    def adopt(self, weights, tags=None):
-        """Take over another model's tensors by name; latent and action tables and heads that it
-        does not have stay fresh, those this model lacks are dropped.  -> fresh names
-
-        tags: vocabulary -> its opening tag's token.  When given, fresh input tables begin where the
-        body can already read: as their tag, or actions as latent actions, tag and all."""
-        own = ("vision_", "latent_", "action_")
-        fresh = [
-            n
-            for n in self.state_dict()
-            if n not in weights and (n.startswith(own) or n.endswith(LOW_RANK))
-        ]
-        shed = [n for n in weights if n.startswith(own) and n not in self.state_dict()]
-        load_strictly(self, {n: w for n, w in weights.items() if n not in shed}, fresh)
-        for kind, name in ((LATENT, "latent_embed.weight"), (ACTION, "action_embed.weight")):
-            if tags and name in fresh:
-                text, table = whole(self.text_embed.weight).clone(), self.get_parameter(name)
-                row = text[tags[kind]].clone()
-                if "latent_embed.weight" in shed:
-                    text[tags[kind]] = text[tags[LATENT]]
-                    row = weights["latent_embed.weight"][:].mean(0)
-                put(self.text_embed.weight, text)
-                put(table, row.expand(table.shape))
-        return fresh
-
-    def decode(self, x, tables, at, kind):
-        """The token behind the last of the embeddings x at the places `at` (see body), [B, 1]"""
-        return self.score(self.body(x, tables, at)[:, -1], kind).argmax(-1, keepdim=True)
-
-    def compile_decode(self):
-        """For control loops: CUDA graphs on GPUs, else C++ (fused where a product has one row)"""
-        on_cpu = {"cpp_wrapper": True, "post_grad_fusion_options": {"decompose_mm_pass": {}}}
-        options = {"triton.cudagraphs": True} if self.norm.weight.is_cuda else on_cpu
-        self.decode = torch.compile(self.decode, dynamic=False, options=options)
-
+    # ---------------------------------------------------------------- generation
     @torch.inference_mode()
-    def generate(self, tokens, kinds, images, valid, kind, count, official_eos=False):
+    def generate(
+        self,
+        tokens: Tensor,
+        kinds: Tensor,
+        images: Tensor | None,
+        valid: Tensor,
+        kind: int,
+        count: int,
+        official_eos: bool = False,
+    ) -> Tensor:
         """Greedy continuation of left-padded prompts by `count` tokens of one vocabulary.
 
         tokens, kinds int64 [B, L], valid bool [B, L], images [B, 3, H, W] or None -> int64
-        [B, count].  official_eos: 0 behind a token 2, which officially ends even latent codes."""
-        c, (B, L) = self.config, tokens.shape
-        shape = 2, B, c.heads, L + count, c.dim // c.heads
-        for block in self.layers:  # tensors that stay: CUDA graphs remember where they are
-            if block.cache is None or block.cache.shape != shape:
-                block.cache = self.norm.weight.new_zeros(shape)
-        x, answer = self.embed(tokens, kinds, images), []
-        tables = self.tables(x, F.pad(valid, (0, count), value=True))
-        at = torch.arange(L, device=tokens.device)
-        for _ in range(count):
-            answer.append(self.decode(x, tables, at, kind).clone())  # CUDA graphs reuse outputs
-            x, at = self.heads()[kind][0](answer[-1]), at[-1:] + 1
-        answer = torch.cat(answer, dim=1)
-        if official_eos:
-            answer = answer * ((answer == 2).cumsum(1) - (answer == 2).long() == 0)
-        return answer
+        [B, count].  official_eos: see zero_after_end"""
+        B, L = tokens.shape
+        self.reserve_cache(B, L + count)
+        x = self.embed(tokens, kinds, images)  # B L D
+        valid = F.pad(valid, (0, count), value=True)  # B S, S = L + count
+        inputs = self.attention_inputs(x, valid)
+        token = self.prefill(x, *inputs, kind).clone()  # B 1; a CUDA graph reuses its output
+        answer = [token]
+        at = torch.arange(L, L + 1, device=tokens.device)
+        for _ in range(count - 1):
+            token = self.decode_one_token(token, at, *inputs, kind).clone()  # B 1
+            answer.append(token)
+            at = at + 1
+        answer = torch.cat(answer, dim=1)  # B count
+        return zero_after_end(answer) if official_eos else answer
+
+    def reserve_cache(self, batch: int, places: int) -> None:
+        """A KVCache in each block; one of the right shape stays where it is, whatever it holds"""
+        shape = batch, self.config.heads, places, self.config.dim_head
+        for block in self.layers:
+            if block.cache is None or block.cache.keys.shape != shape:
+                block.cache = KVCache(shape, self.norm.weight)
+
+    def prefill(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, kind: int) -> Tensor:
+        """A prompt's embeddings [B, L, D] -> the token after it, int64 [B, 1].  Fills the first L
+        of the S places of the cache; cos, sin, mask: see attention_inputs"""
+        at = torch.arange(x.shape[1], device=x.device)
+        return self.next_token(x, at, cos, sin, mask, kind)
+
+    def decode_one_token(
+        self, token: Tensor, at: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, kind: int
+    ) -> Tensor:
+        """The token int64 [B, 1] at the place `at`, int64 [1] -> the one after it, int64 [B, 1]"""
+        table, _ = self.vocabularies()[kind]
+        return self.next_token(table(token), at, cos, sin, mask, kind)
+
+    def next_token(
+        self, x: Tensor, at: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, kind: int
+    ) -> Tensor:
+        """Embeddings [B, L, D] at the places `at`, int64 [L] -> the token after the last, [B, 1]"""
+        hidden = self.body(x, cos[:, :, at], sin[:, :, at], mask[:, :, at], at)  # B L D
+        return self.score(hidden[:, -1], kind).argmax(-1, keepdim=True)
+
+    def compile_decode(self) -> None:
+        """For control loops: CUDA graphs on GPUs, else C++ (fused where a product has one row)"""
+        on_cpu = {"cpp_wrapper": True, "post_grad_fusion_options": {"decompose_mm_pass": {}}}
+        options = {"triton.cudagraphs": True} if self.norm.weight.is_cuda else on_cpu
+        self.prefill = torch.compile(self.prefill, dynamic=False, options=options)
+        self.decode_one_token = torch.compile(self.decode_one_token, dynamic=False, options=options)
 
 
-def build_vla(config):
+def build_vla(config: VLAConfig) -> VLA:
     """A VLA; from some 1e9 parameters on without memory, which Processes.shard then gives it"""
     large = 12 * config.layers * config.dim**2 > 1e9
     with torch.device("meta" if large else "cpu"):
         return VLA(config)
+
+
+# ------------------------------------------------------------------------ weights, sharded or not
+def differences(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
+) -> str:
+    """Two tables name -> shape: every missing, unexpected and misshapen tensor in words, or "" """
+    misshapen = [
+        f"{name} {tuple(found[name])}, expected {tuple(expected[name])}"
+        for name in sorted(expected.keys() & found.keys())
+        if found[name] != expected[name]
+    ]
+    problems = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - expected.keys()),
+        "wrong shape": misshapen,
+    }
+    return "; ".join(f"{what}: {', '.join(names)}" for what, names in problems.items() if names)
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """All of a tensor, sharded or not; every process takes part"""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def fill(parameter: Tensor, values: Tensor) -> None:
+    """Copy full values into a parameter, or this process's part of them into a sharded one"""
+    if isinstance(parameter, DTensor):
+        values = distribute_tensor(
+            values.to(parameter.device).contiguous(),
+            parameter.device_mesh,
+            parameter.placements,
+            src_data_rank=None,
+        )
+    parameter.detach().copy_(values)
+
+
+def load_strictly(
+    model: nn.Module, weights: Mapping[str, Tensor], fresh: Collection[str] = ()
+) -> None:
+    """Copy `weights` (name -> tensor or safetensors slice, read one by one) into model; names and
+    shapes must agree as sets, but those in `fresh` keep their initial values.  Raises ValueError
+    that names all `differences`."""
+
+    def shape(tensor: Tensor) -> tuple[int, ...]:
+        return tuple(tensor.shape if torch.is_tensor(tensor) else tensor.get_shape())
+
+    ours = {name: tensor for name, tensor in model.state_dict().items() if name not in fresh}
+    if problems := differences(
+        {name: shape(tensor) for name, tensor in ours.items()},
+        {name: shape(tensor) for name, tensor in weights.items()},
+    ):
+        raise ValueError(problems)
+    for name, tensor in ours.items():
+        fill(tensor, weights[name][:])

@@ -256,7 +256,9 @@ def build_model(c, kind, dataset, processes):
         processes.shard(model, c, model.layers)
         if not c.init_from:
             return model, tokenizer, []
-        fresh = model.adopt(weights, sequences.opening_tags(tokenizer) if c.like_tag else None)
+        fresh = model.load_pretrained(weights)
+        if c.like_tag:
+            model.start_from_tags(weights, fresh, sequences.opening_tags(tokenizer))
     processes.say(
         f"inherited {c.init_from} (step {meta['step']}); fresh: {', '.join(fresh) or 'nothing'}"
     )

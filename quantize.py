@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import common
 import data
-from model import LAQ, LAQConfig
+from model import LAQ, LAQConfig, load_strictly
 
 
 @dataclass(kw_only=True)
@@ -111,9 +111,10 @@ def train_step(model, optimizer, processes, c, step, pair, who=str):
     )
     norm = common.optimizer_step(optimizer, processes, c, step)
     d, indices = processes.gather(d.detach()), processes.gather(indices)
-    model.quantizer.count(d, indices, c.codebook_pull)
+    model.quantizer.count_uses(indices)
+    model.quantizer.pull_to_means(d, indices, c.codebook_pull)
     if replacement_due(step + 1, c.official_counting):
-        model.quantizer.replace_dead(d, c.replace_below)
+        model.quantizer.replace_dead_codes(d, c.replace_below)
     return {"loss": loss, "codes": len(indices.unique()), "grad_norm": norm}
 
 
@@ -237,7 +238,7 @@ def load_laq(path, option="laq"):
     weights, meta = common.load_checkpoint(path, option, ("quantize",))
     with common.refuse(f"--{option} {path}"):
         model = LAQ(LAQConfig(**laq_shape(meta)))
-        common.load_strictly(model, weights)
+        load_strictly(model, weights)
     return model.to(common.Processes().device).eval(), meta
 
 

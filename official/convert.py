@@ -27,7 +27,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers
 from tqdm import tqdm
 
 import common
-from model import LAQ, VLA, VOCABULARIES, LAQConfig, VLAConfig
+from model import LAQ, VLA, VOCABULARIES, LAQConfig, VLAConfig, differences
 from official.vqgan import VQGAN, VQGANConfig
 from sequences import OFFICIAL_TEMPLATE
 
@@ -61,7 +61,7 @@ def matched(kind, config, source, official):
     with torch.device("meta"):
         tensors = kind(config).state_dict()
     table = {name: official(name, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    if problems := common.differences(
+    if problems := differences(
         {theirs: shape for theirs, shape, _ in table.values()},
         {theirs: shape for theirs, (shape, _) in source.items()},
     ):
@@ -583,7 +583,7 @@ def from_laq(path, c):
     )
     source["vq.uses"] = (config.codebook_size,), partial(torch.zeros, config.codebook_size)  # ours
     pairs = matched(LAQ, config, source, official)
-    problems = common.differences(
+    problems = differences(
         {name[:-5] + "beta": t.shape for name, t in state.items() if name.endswith("gamma")},
         {name: t.shape for name, t in beta.items()},
     )

@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from common import latest, load_strictly, refuse
-from model import END_OF_IMAGE, nearest
+from common import latest, refuse
+from model import END_OF_IMAGE, load_strictly, nearest
 
 
 @dataclass

@@ -343,7 +343,7 @@ def block_cost(config, length, lora_rank=0):
                 torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
                 torch.autocast("cpu", torch.bfloat16),
             ):
-                net.layers[0](x, *net.tables(x))
+                net.layers[0](x, *net.attention_inputs(x))
             return sum(sizes.values()), counter.get_total_flops()
 
     (once, flops), (twice, _) = kept(length), kept(2 * length)

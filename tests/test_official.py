@@ -47,7 +47,7 @@ def options(**more):
 def load(path, **more):
     config, pairs = convert.from_stream(FIXTURES / path, options(rounded_rope=False, **more))
     net = VLA(config)
-    common.load_strictly(net, {name: read() for name, read in pairs})
+    model.load_strictly(net, {name: read() for name, read in pairs})
     return net
 
 
@@ -71,7 +71,7 @@ def rows_of(batch):
 
 
 def assert_logits(net, hidden, golden, prefix, where=slice(None)):
-    for kind in net.heads():
+    for kind in net.vocabularies():
         found = net.score(hidden, kind)[where]
         torch.testing.assert_close(
             found, golden[f"{prefix}.{LOGITS[kind]}_logits"][where], rtol=0, atol=1e-4
@@ -82,7 +82,7 @@ def assert_logits(net, hidden, golden, prefix, where=slice(None)):
 def load_vqgan(folder):
     config, pairs = convert.from_vqgan(FIXTURES / folder / "vqgan", options())
     net = VQGAN(config)
-    common.load_strictly(net, {name: read() for name, read in pairs})
+    model.load_strictly(net, {name: read() for name, read in pairs})
     return net
 
 
@@ -236,7 +236,7 @@ def test_whole_official_sampler():
         ),
     )
     net, vqgan = VLA(config), load_vqgan("e2e")
-    common.load_strictly(net, {name: read() for name, read in pairs})
+    model.load_strictly(net, {name: read() for name, read in pairs})
     builder = sequences.Sequences(None, config.image_tokens, sequences.OFFICIAL_TEMPLATE)
     tags = {
         "<vision>": [529, 4924, 29958],
@@ -272,7 +272,7 @@ def test_hugging_face_layout_both_ways(inside, tmp_path):
     assert inside("-m", "official.convert", source, tmp_path / "ours", "--heads", 4) == 0
     weights, meta = common.load_checkpoint(tmp_path / "ours", "x", ("pretrain",))
     net = VLA(VLAConfig(**meta["model"]))
-    common.load_strictly(net, weights)
+    model.load_strictly(net, weights)
     text = batch["text.input_ids"].long()
     hidden = net(text, torch.zeros_like(text))
     torch.testing.assert_close(net.score(hidden, TEXT), golden["text.lm_logits"], rtol=0, atol=1e-4)
