@@ -333,6 +333,35 @@ def draw(seed, step, batch, lengths):
     return [(int(e), int(rng.random() * lengths[e])) for e in clips]
 
 
+class FrameSampler:
+    """The frames of each step's batch, a pure function of (seed, step): see `draw`.
+
+    episodes: where they come from; frame_counts: of each, how many frames have an answer;
+    local_rows: the part of the global batch that this process reads"""
+
+    def __init__(
+        self,
+        episodes: list[Episode],
+        frame_counts: list[int],
+        seed: int,
+        global_batch: int,
+        local_rows: slice,
+    ) -> None:
+        self.episodes = episodes
+        self.frame_counts = frame_counts
+        self.seed = seed
+        self.global_batch = global_batch
+        self.local_rows = local_rows
+
+    def __call__(self, step: int) -> list[tuple[int, int]]:
+        """-> (episode index, frame) of this process's rows"""
+        return draw(self.seed, step, self.global_batch, self.frame_counts)[self.local_rows]
+
+    def episode_ids(self, step: int) -> list[str]:
+        """The names of the episodes behind these rows"""
+        return [self.episodes[episode].id for episode, _ in self(step)]
+
+
 def stream(make, start, stop, workers=1, ahead=3):
     """Yield make(step) for step in start..stop-1, prepared in the background, always in order."""
     with ThreadPoolExecutor(workers) as pool:

@@ -30,31 +30,28 @@ from PIL import Image, ImageDraw
 import common
 import data
 import sequences
+import training
 import video
-from model import ACTION, LATENT, VLA, VLAConfig
+from common import option
+from model import ACTION, LATENT, VLA, VLAConfig, load_strictly
 
 
 @dataclass(kw_only=True)
 class EvaluateConfig:
-    policies: str  # name=finetune run, comma separated
-    out: str  # folder for results.json, results.md, rollouts.gif
-    env: str = "tabletop"  # a simulator: the name of a file in simulators/
-    env_options: str = ""  # of that simulator, e.g. embodiment=human,look=real
-    episodes: int = 200  # per policy and split
-    splits: str = ""  # which instructions, comma separated; empty: all that the simulator names
-    max_steps: int = 0  # steps until an episode counts as failed; 0: the simulator's own
-    batch: int = 100  # worlds side by side
-    film: int = 4  # episodes of each policy in rollouts.gif; 0: no film
-    bf16: bool = False  # weights and arithmetic of the policies in bfloat16
-    seed: int = 1000  # worlds and tasks; the same for every policy
+    policies: str = option(help="name=finetune run, comma separated")
+    out: str = option(help="folder for results.json, results.md, rollouts.gif")
+    env: str = option("tabletop", "a simulator: the name of a file in simulators/")
+    env_options: str = option("", "of that simulator, e.g. embodiment=human,look=real")
+    episodes: int = option(200, "per policy and split")
+    splits: str = option("", "comma separated; empty: all that the simulator names")
+    max_steps: int = option(0, "steps until an episode counts as failed; 0: the simulator's own")
+    batch: int = option(100, "worlds side by side")
+    film: int = option(4, "episodes of each policy in rollouts.gif; 0: no film", 0)
+    bf16: bool = option(False, "weights and arithmetic of the policies in bfloat16")
+    seed: int = option(1000, "worlds and tasks; the same for every policy", 0)
 
 
 # ------------------------------------------------------------------------ policies
-def pick_device() -> torch.device:
-    """The device that policies run on"""
-    return common.Processes().device
-
-
 class Policy:
     """A VLA as a function: images uint8 [B, H, W, 3] and instructions -> actions [B, A], or latent
     actions, int [B, K], where it has not been finetuned.  Raises sequences.NoKnownWord for
@@ -72,19 +69,19 @@ class Policy:
         compiled: bool = False,
     ) -> None:
         weights, meta = common.load_checkpoint(path, option, stages)
-        self.device = pick_device()
+        self.device = training.set_up_device()
         with common.refuse(f"--{option} {path}"):
             self.model = self._build_model(weights, meta["model"], bf16)
         self.prompt_multiple = 16 if compiled else 1  # prompts are padded to that
         if compiled:
-            common.check_compiler(self.device, "compiled policies")
+            training.check_compiler(self.device, "compiled policies")
             self.model.compile_decode()
         self.sequences = sequences.Sequences(
             sequences.read_tokenizer(path), self.model.config.image_tokens, meta["template"]
         )
         self.known_instructions = set()  # those of which a word is known
         self._read_kind_of_answer(meta)
-        if self.kind not in self.model.heads():
+        if self.kind not in self.model.vocabularies():
             common.fail(f"--{option} {path}: predicts neither latent nor robot actions")
         self.vqgan = data.open_vqgan(path, option, self.device, meta["model"])
 
@@ -93,7 +90,7 @@ class Policy:
         with torch.device("meta"):  # no memory, no time for numbers that are replaced
             model = VLA(VLAConfig(**shape))
         model.to(torch.bfloat16 if bf16 else torch.float32).to_empty(device=self.device)
-        common.load_strictly(model, weights)
+        load_strictly(model, weights)
         return model.eval()
 
     def _read_kind_of_answer(self, meta: dict) -> None:
@@ -337,10 +334,10 @@ def draw_page(films: dict[str, Rollout], t: int, size: int, head: int) -> Image.
 # ------------------------------------------------------------------------ one image, several seeds
 @dataclass(kw_only=True)
 class PredictConfig:
-    policy: str  # pretrain or finetune run, or converted official weights
-    image: str  # picture file
-    instruction: str  # what the robot is told
-    bf16: bool = False  # weights and arithmetic in bfloat16
+    policy: str = option(help="pretrain or finetune run, or converted official weights")
+    image: str = option(help="picture file")
+    instruction: str = option(help="what the robot is told")
+    bf16: bool = option(False, "weights and arithmetic in bfloat16")
 
 
 def predict(c: PredictConfig) -> None:
@@ -358,8 +355,8 @@ def predict(c: PredictConfig) -> None:
 
 @dataclass(kw_only=True)
 class TableConfig:
-    results: str  # results.json files of the seeds, comma separated
-    out: str  # Markdown file to write
+    results: str = option(help="results.json files of the seeds, comma separated")
+    out: str = option(help="Markdown file to write")
 
 
 def table(c: TableConfig) -> None:

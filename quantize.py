@@ -185,9 +185,10 @@ def update_codebook(
     [B, K] of all processes, and dead codes come back -> how many codes the batch used"""
     d = processes.gather(d)
     indices = processes.gather(indices)
-    model.quantizer.count(d, indices, c.codebook_pull)
+    model.quantizer.count_uses(indices)
+    model.quantizer.pull_to_means(d, indices, c.codebook_pull)
     if replacement_due(step + 1, c.official_counting):
-        model.quantizer.replace_dead(d, c.replace_below)
+        model.quantizer.replace_dead_codes(d, c.replace_below)
     return len(indices.unique())
 
 

@@ -19,6 +19,7 @@ import numpy as np
 
 import common
 import data
+from common import option
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,8 +64,8 @@ def new_figure(out: str, width: float, height: float) -> Iterator["Figure"]:
 # ------------------------------------------------------------------------ losses
 @dataclass(kw_only=True)
 class LossesOptions:
-    run: str  # folder of a whole run: holds quantize, pretrain, finetune and perhaps scratch
-    out: str  # PNG to write
+    run: str = option(help="folder of a whole run, e.g. runs/demo")
+    out: str = option(help="PNG to write")
 
 
 def read_log(run: Path) -> dict[str, np.ndarray]:
@@ -140,8 +141,8 @@ def draw_losses(options: LossesOptions) -> None:
 # ------------------------------------------------------------------------ arms
 @dataclass(kw_only=True)
 class ArmsOptions:
-    table: str  # Markdown file with a table of `evaluate.py table` or `make table`
-    out: str  # PNG to write
+    table: str = option(help="Markdown file with a table of `evaluate.py table` or `make table`")
+    out: str = option(help="PNG to write")
 
 
 class Success(NamedTuple):
@@ -250,11 +251,11 @@ def draw_arms(options: ArmsOptions) -> None:
 # ------------------------------------------------------------------------ embodiments
 @dataclass(kw_only=True)
 class EmbodimentsOptions:
-    data: list  # dataset folders, one row of pictures each
-    out: str  # PNG to write
-    instruction: str = "push the green triangle to the top right corner"  # of the episodes
-    frames: int = 6  # of each episode, evenly spaced from the first to the last
-    size: int = 64  # pixels that frames are read at
+    data: list = option(help="dataset folders, one row of pictures each")
+    out: str = option(help="PNG to write")
+    instruction: str = option("push the green triangle to the top right corner", "of the episodes")
+    frames: int = option(6, "of each episode, evenly spaced from the first to the last")
+    size: int = option(64, "pixels that frames are read at")
 
 
 def draw_embodiments(options: EmbodimentsOptions) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-import common
+import training
 from model import Attention
 
 PRODUCTS = ("mm", "matmul", "conv", "softmax")  # in the names of operations
@@ -19,9 +19,9 @@ HEADER = "| what | rate | per step | share of the machine's | peak memory |\n|--
 
 
 @cache
-def processes() -> common.Processes:
+def processes() -> training.Processes:
     """This process as a stage sets it up: its device, TF32 on GPUs, freed memory kept on CPUs"""
-    return common.Processes()
+    return training.start_processes()
 
 
 def wait() -> None:

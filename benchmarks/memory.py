@@ -43,7 +43,7 @@ def cost_with_weights(config: VLAConfig, length: int, lora_rank: int) -> tuple[i
 
 def run_block(net: VLA, x: Tensor) -> Tensor:
     """[B, L, D] through a VLA's first block, as its forward pass does it"""
-    return net.layers[0](x, *net.tables(x))
+    return net.layers[0](x, *net.attention_inputs(x))
 
 
 def finetuning_memory(
@@ -56,7 +56,7 @@ def finetuning_memory(
     accumulate: bool = False,
 ) -> dict[str, float]:
     """Bytes that each GPU needs to finetune a VLA in bf16 on `rows` rows at once, by kind, when the
-    fp32 weights, gradients and both moments of Adam are laid out as Processes.shard does it.
+    fp32 weights, gradients and both moments of Adam are laid out as training.place does it.
     accumulate: a step has several parts, so gradients lie there while the next part runs"""
     with torch.device("meta"):
         net = VLA(config)

@@ -5,10 +5,12 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-import common
+import data
 import finetune
 import quantize
+import training
 from benchmarks.measure import (
     PRODUCTS,
     bandwidth,
@@ -53,18 +55,48 @@ def training_step(
     """Place a model on this process's device as its stage does -> one optimization step on a batch:
     pairs [B, 2, 3, H, W] for a LAQ, rows (see Sequences.batch) for a VLA"""
     if isinstance(model, LAQ):
-        processes().shard(model, c, model.blocks, whole=[model.quantizer.codebook])
-        optimizer = quantize.make_optimizer(model, c)
-        return lambda: quantize.train_step(model, optimizer, processes(), c, 1, batch)
+        training.place(model, c, processes(), model.blocks, unsharded=[model.quantizer.codebook])
+        optimizer = quantize.make_optimizer(model, c.lr, c.codebook_lr)
+        return lambda: train_laq(model, optimizer, c, batch)
 
-    processes().shard(model, c, model.layers)
-    optimizer = common.make_optimizer(model.parameter_groups(1e-4, 1.0, (), False))
+    training.place(model, c, processes(), model.layers)
+    optimizer = training.make_optimizer(model.parameter_groups(1e-4, 1.0, (), False))
+    return lambda: train_vla(model, optimizer, c, batch)
 
-    def train_vla() -> None:
-        processes().backward(model, c, lambda part: finetune.loss_of(model, part, 0.0), batch)
-        common.optimizer_step(optimizer, processes(), c, 1)
 
-    return train_vla
+def train_laq(model: LAQ, optimizer: Optimizer, c: quantize.QuantizeConfig, pairs: Tensor) -> None:
+    """The body of the loop in quantize.py, for its second step"""
+    noise = torch.randn(c.batch, c.code_len, c.quant_dim).to(pairs.device)
+    shift = quantize.shift_at(1, c.shift, c.shift_from, c.shift_until)
+    seen = data.random_shift(pairs, shift) if shift else None
+    batch = {"pair": pairs, "seen": seen, "noise": noise}
+    for part in training.micro_batches(model, batch, c.accumulate):
+        with processes().autocast(c.bf16):
+            loss, d, indices = model(**part)
+        loss.item()  # the loop looks whether it is finite
+        (loss / c.accumulate).backward()
+    update(optimizer, c)
+    quantize.update_codebook(model, d.detach(), indices, c, 1, processes())
+
+
+def train_vla(
+    model: VLA, optimizer: Optimizer, c: finetune.FinetuneConfig, rows: dict[str, Tensor | None]
+) -> None:
+    """The body of the loop in finetune.py"""
+    for part in training.micro_batches(model, rows, c.accumulate):
+        with processes().autocast(c.bf16):
+            loss, _ = finetune.loss_of(model, part, 0.0)
+        loss.item()  # the loop looks whether it is finite
+        (loss / c.accumulate).backward()
+    update(optimizer, c)
+
+
+def update(optimizer: Optimizer, c: quantize.QuantizeConfig | finetune.FinetuneConfig) -> None:
+    """What both loops do after the backward pass"""
+    training.set_learning_rate(optimizer, 1, c.steps, c.warmup, c.final_lr)
+    training.clip_gradients(optimizer, c.clip, processes())
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 # ------------------------------------------------------------------------ stage 1

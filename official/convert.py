@@ -19,6 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 import common
+from common import option
 from official.laq import from_laq
 from official.tensors import Readers, open_safetensors
 from official.tokenizer import convert_tokenizer
@@ -29,15 +30,15 @@ from sequences import OFFICIAL_TEMPLATE
 
 @dataclass
 class ConvertConfig:
-    source: list  # official files: params, vqgan, *.model, *.pt, *.csv, *.safetensors or a folder
-    out: str  # folder to write
-    to: str = ""  # hf: write the text part of a VLA checkpoint in Hugging Face's layout
-    heads: int = 0  # of a VLA whose files do not tell; 0: width / 128
-    rope_theta: float = 5e7  # of a VLA whose files do not tell
-    rounded_rope: bool = True  # of a params stream: rotary tables as in official bf16 training
-    image_size: int = 0  # pixels; 0: 256, or of a LAQ what its number of codes needs
-    code_len: int = 0  # of a LAQ whose file fits several numbers of codes; 0: the file tells
-    window: float = 0.6  # LAQ: seconds between the frames it was trained on (not in the file)
+    source: list = option(help="official files, or a folder of them")
+    out: str = option(help="folder to write")
+    to: str = option("", "hf: the text part of a VLA, in Hugging Face's layout")
+    heads: int = option(0, "of a VLA whose files do not tell; 0: width / 128")
+    rope_theta: float = option(5e7, "of a VLA whose files do not tell")
+    rounded_rope: bool = option(True, "params stream: rotary tables as in official bf16 training")
+    image_size: int = option(0, "pixels; 0: 256, or of a LAQ what its number of codes needs")
+    code_len: int = option(0, "LAQ: codes per pair; 0: the file tells, if it can")
+    window: float = option(0.6, "LAQ: seconds between its frames (not in the file)")
 
 
 @dataclass

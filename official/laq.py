@@ -9,8 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-import common
-from model import LAQ, LAQConfig
+from model import LAQ, LAQConfig, differences
 from official.tensors import (
     Counterpart,
     Readers,
@@ -188,7 +187,7 @@ def check_betas(state: dict[str, Tensor]) -> None:
     }
     found = {name: tensor.shape for name, tensor in betas.items()}
     nonzero = [name for name, tensor in betas.items() if tensor.any()]
-    if problems := common.differences(expected, found) or ", ".join(nonzero):
+    if problems := differences(expected, found) or ", ".join(nonzero):
         raise ValueError(f"{problems}: expected zeros for each gamma")
 
 

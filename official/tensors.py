@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 import common
+from model import differences
 
 Shape = tuple[int, ...]
 Names = tuple[tuple[str, str], ...]  # (pattern in our name, what replaces it), applied in order
@@ -107,7 +108,7 @@ def match(
     table = {name: counterpart(name, tuple(tensor.shape)) for name, tensor in tensors.items()}
     expected = {official.name: official.shape for official in table.values()}
     found = {name: stored.shape for name, stored in source.items()}
-    if problems := common.differences(expected, found):
+    if problems := differences(expected, found):
         raise ValueError(problems)
     return [
         (name, partial(read_ours, source[official.name], official))

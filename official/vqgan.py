@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import common
-from model import END_OF_IMAGE, nearest
+from model import END_OF_IMAGE, load_strictly, nearest
 from official.pickles import read_pickle
 from official.tensors import (
     Counterpart,
@@ -181,7 +181,7 @@ def load_vqgan(path: str | Path, option: str, device: torch.device, shape: dict)
         vqgan = VQGAN(VQGANConfig(**config["vqgan"]))
         vqgan.file = folder / "vqgan.safetensors"
         vqgan.mark = hashlib.sha256(vqgan.file.read_bytes()).hexdigest()[:12]
-        common.load_strictly(vqgan, load_file(vqgan.file))
+        load_strictly(vqgan, load_file(vqgan.file))
         check_fit(vqgan.config, shape["patch_size"], shape["vision_vocab"])
     return vqgan.to(device).eval()
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common import atomically, fail, parse_options, refuse, to_json
+from common import atomically, fail, option, parse_options, refuse, to_json
 from model import ACTION, LATENT
 from sequences import TAGS, train_tokenizer
 from simulators import Info, Observation
@@ -500,15 +500,17 @@ SIMULATOR = TableTop
 # ------------------------------------------------------------------------ datasets
 @dataclass
 class TabletopOptions:
-    out: str  # folder to write
-    episodes: int = 2000  # scripted episodes to record
-    embodiment: str = "robot"  # robot or human
-    look: str = "plain"  # plain or real (palette, wood grain and light drawn anew each episode)
-    tasks: str = "all"  # all, seen or unseen instructions (each episode says which it is)
-    noise: float = 0.1  # standard deviation added to the expert's actions, so that videos vary
-    scenes: int = 0  # instead of episodes: that many still scenes of both embodiments, captioned
-    size: int = 64  # pixels
-    seed: int = 0
+    out: str = option(help="folder to write")
+    episodes: int = option(2000, "scripted episodes to record")
+    embodiment: str = option("robot", "robot or human")
+    look: str = option(
+        "plain", "plain or real (colors, wood grain and light of each episode's own)"
+    )
+    tasks: str = option("all", "all, seen or unseen instructions")
+    noise: float = option(0.1, "standard deviation of what is added to the expert's actions")
+    scenes: int = option(0, "instead of episodes: that many still scenes with captions")
+    size: int = option(64, "pixels")
+    seed: int = option(0, "of tables and tasks")
 
 
 def play(env: TableTop, seed: Sequence[int], noise: float) -> tuple[np.ndarray, np.ndarray]:

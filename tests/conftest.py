@@ -15,12 +15,12 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from small import SEQUENCES  # noqa: E402
+
+from model import VLA, VLAConfig  # noqa: E402 (now that the repository is on the path)
+
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
-
-
-def pytest_configure(config):
-    config.addinivalue_line("filterwarnings", "ignore:torch.distributed is disabled")  # one process
-    config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script")  # torch's own compiler
 
 
 def make_film(path, frames, rate=5, codec="libx264", pixels="yuv420p", times=None):
@@ -103,3 +103,27 @@ def make_dataset(tmp_path, monkeypatch):
         return root
 
     return make
+
+
+@pytest.fixture
+def vla():
+    """A VLA of 2 layers that reads 4 patches, the words of small.SEQUENCES, and both kinds of action"""
+    torch.manual_seed(0)
+    net = VLA(
+        VLAConfig(
+            dim=32,
+            layers=2,
+            heads=2,
+            mlp=48,
+            latent_vocab=8,
+            action_vocab=16,
+            text_vocab=SEQUENCES.tokenizer.get_vocab_size(),
+            rope_theta=1e4,
+            vision_vocab=0,
+            image_size=16,
+            patch_size=8,
+        )
+    )
+    for p in net.parameters():
+        p.data.mul_(8 if p.std() < 0.1 else 1)  # fresh weights are so small that all looks alike
+    return net.eval()

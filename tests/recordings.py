@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import common
-from model import LAQ, VLA
+from model import LAQ, VLA, load_strictly
 from official.laq import from_laq
 from official.vla import from_stream
 from official.vqgan import VQGAN, from_vqgan
@@ -71,7 +70,7 @@ def values(name: str) -> Any:
 
 
 def with_weights(network: nn.Module, readers: list[tuple[str, Callable[[], Tensor]]]) -> nn.Module:
-    common.load_strictly(network, {name: read() for name, read in readers})
+    load_strictly(network, {name: read() for name, read in readers})
     return network
 
 

@@ -23,7 +23,7 @@ import common
 import data
 import quantize
 import sequences
-from model import LAQ, TEXT, VLA, LAQConfig, VLAConfig
+from model import LAQ, TEXT, VLA, LAQConfig, VLAConfig, load_strictly
 from official.laq import LAQ_NAMES
 from official.msgpack_stream import read_stream
 from official.pickles import read_pickle
@@ -196,7 +196,7 @@ def test_hugging_face_layout_both_ways(convert, tmp_path):
     assert convert(source, tmp_path / "ours", "--heads", 4) == 0
     weights, meta = common.load_checkpoint(tmp_path / "ours", "x", ("pretrain",))
     net = VLA(VLAConfig(**meta["model"]))
-    common.load_strictly(net, weights)
+    load_strictly(net, weights)
     text = arrays("vla/inputs.npz")["text.input_ids"].long()
     logits = net.score(net(text, torch.zeros_like(text)), TEXT)
     known = arrays("vla/golden_fp32.npz")["text.lm_logits"]

@@ -9,13 +9,12 @@ import torch
 from recordings import arrays, load_laq, load_vla, load_vqgan, recording, values
 from torch import Tensor
 
-import common
 import data
 import finetune
 import model
 import pretrain
-import training
 import sequences
+import training
 from model import ACTION, LAQ, LATENT, TEXT, VISION, VLA, LAQConfig, VLAConfig
 from official.laq import LAQ_NAMES
 from official.tensors import rename
@@ -108,7 +107,7 @@ def assert_logits(
     where: Tensor | slice = slice(None),
 ) -> None:
     """Logits of all vocabularies within 1e-4 of the recorded ones, at the places `where`"""
-    for kind in net.heads():
+    for kind in net.vocabularies():
         known = golden[f"{prefix}.{OFFICIAL_WORDS[kind]}_logits"]
         found = net.score(hidden, kind)
         torch.testing.assert_close(found[where], known[where], rtol=0, atol=1e-4)

@@ -27,8 +27,8 @@ import evaluate
 import finetune
 import pretrain
 import quantize
-import training
 import sequences
+import training
 from analysis import atlas
 from model import LAQ, LAQConfig
 
@@ -268,7 +268,10 @@ REFUSALS = [
     (f"{PRETRAIN} --labels guess --out OUT", "--labels 'guess'"),
     # labels of another LAQ
     (f"{PRETRAIN} --laq BAD/laq --labels_file DIR/labels.safetensors --out OUT", "label again"),
-    (f"{PRETRAIN} --laq DIR/laq --labels_file BAD/laq/labels.safetensors --out OUT", "another dataset"),
+    (
+        f"{PRETRAIN} --laq DIR/laq --labels_file BAD/laq/labels.safetensors --out OUT",
+        "another dataset",
+    ),
     (f"{PRETRAIN} --labels caption --out OUT", "field captions"),
     (f"{PRETRAIN} --labels action --out OUT --dim 64", "--dim 64"),
     (f"{PRETRAIN} --labels action --out OUT --image_size 16", "--image_size 16"),

@@ -1,0 +1,104 @@
+"""The two networks of LAPA: the latent action quantizer (LAQ) and the vision-language-action model.
+
+LAQ  (paper 3.1, figure 8)  a VQ-VAE in the style of C-ViViT: two frames in, `code_len` codes out,
+     and a decoder that draws the second frame from the first one and the codes.  `quantize.py`
+     trains it.
+VLA  (paper 3.2, 3.3)  a LLaMA body over four vocabularies (text, vision, latent action, robot
+     action); every position belongs to one of them.  `pretrain.py` and `finetune.py` train it.
+
+This folder needs torch alone and can be copied out.  "(code)" marks what the paper leaves open and
+the official repository (github.com/LatentActionPretraining/LAPA) decides.  "Gain" tells how often a
+fast path runs in the time of its plain form, in training (forward and backward) and in inference,
+for the shapes of the presets tiny and lapa; `python -m benchmarks.fast_paths` measures it.
+
+Letters in shape comments: B batch, T time (2 in a pair), C color, H W pixels, N patches of a frame,
+D width, K code_len, Q quant_dim, L sequence length, S places of a cache, V a vocabulary's size."""
+
+from .laq import (
+    GEGLU,
+    LAQ,
+    PEG,
+    Attention,
+    LAQConfig,
+    Layer,
+    MisreadPEG,
+    OfficialQuantizer,
+    PositionBias,
+    Quantizer,
+    Transformer,
+    attend,
+    attend_by_products,
+    attend_to_two,
+    code_cnn,
+    nearest,
+    unit,
+)
+from .parts import differences, fill, full_tensor, load_strictly, option, patchify
+from .vla import (
+    ACTION,
+    END_OF_IMAGE,
+    LATENT,
+    LOW_RANK,
+    TEXT,
+    VISION,
+    VLA,
+    VOCABULARIES,
+    Block,
+    KVCache,
+    VLAConfig,
+    build_vla,
+    causal_mask,
+    positions,
+    rope,
+    rope_table,
+    rotate,
+    smooth_positions,
+    soft_targets,
+    zero_after_end,
+)
+
+__all__ = [
+    "ACTION",
+    "Attention",
+    "Block",
+    "END_OF_IMAGE",
+    "GEGLU",
+    "KVCache",
+    "LAQ",
+    "LAQConfig",
+    "LATENT",
+    "LOW_RANK",
+    "Layer",
+    "MisreadPEG",
+    "OfficialQuantizer",
+    "PEG",
+    "PositionBias",
+    "Quantizer",
+    "TEXT",
+    "Transformer",
+    "VISION",
+    "VLA",
+    "VLAConfig",
+    "VOCABULARIES",
+    "attend",
+    "attend_by_products",
+    "attend_to_two",
+    "build_vla",
+    "causal_mask",
+    "code_cnn",
+    "differences",
+    "fill",
+    "full_tensor",
+    "load_strictly",
+    "nearest",
+    "option",
+    "patchify",
+    "positions",
+    "rope",
+    "rope_table",
+    "rotate",
+    "smooth_positions",
+    "soft_targets",
+    "unit",
+    "zero_after_end",
+]
