@@ -68,7 +68,7 @@ def row(
 
 def measure(name: str, dim: int, heads: int, dim_head: int, pairs: int) -> None:
     N = GRID**2
-    peg = model.PEG(dim)
+    peg = model.laq.PEG(dim)
     for T in (1, 2):
         x = leaf(pairs, T, N, dim)
         row(
@@ -79,18 +79,18 @@ def measure(name: str, dim: int, heads: int, dim_head: int, pairs: int) -> None:
             *peg.parameters(),
         )
     q, k, v = (leaf(pairs * N, 2, heads, dim_head) for _ in range(3))
-    plain, fast = partial(model.attend, q, k, v), partial(model.attend_to_two, q, k, v)
+    plain, fast = partial(model.laq.attend, q, k, v), partial(model.laq.attend_to_two, q, k, v)
     row(f"{name}: attention over two frames {list(q.shape)}", plain, fast, q, k, v)
     q, k, v = (leaf(2 * pairs, N, heads, dim_head) for _ in range(3))
     bias = leaf(1, heads, N, N)
-    plain = partial(model.attend, q, k, v, bias)
-    fast = partial(model.attend_by_products, q, k, v, bias)
+    plain = partial(model.laq.attend, q, k, v, bias)
+    fast = partial(model.laq.attend_by_products, q, k, v, bias)
     row(f"{name}: attention over the grid {list(q.shape)}", plain, fast, q, k, v, bias)
     q = leaf(pairs, N, heads, dim_head)
     k, v = (leaf(pairs, 2 + 4, heads, dim_head) for _ in range(2))  # null keys and codes
-    plain, fast = partial(model.attend, q, k, v), partial(model.attend_by_products, q, k, v)
+    plain, fast = partial(model.laq.attend, q, k, v), partial(model.laq.attend_by_products, q, k, v)
     row(f"{name}: cross-attention {list(q.shape)}, 6 keys", plain, fast, q, k, v)
-    position_bias = model.PositionBias(dim, heads, GRID)
+    position_bias = model.laq.PositionBias(dim, heads, GRID)
     row(
         f"{name}: position bias, {GRID}x{GRID} patches",
         position_bias.compute,

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import training
-from model import Attention
+from model.laq import Attention
 
 PRODUCTS = ("mm", "matmul", "conv", "softmax")  # in the names of operations
 HEADER = "| what | rate | per step | share of the machine's | peak memory |\n|---|---|---|---|---|"

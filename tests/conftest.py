@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from small import SEQUENCES  # noqa: E402
 
-from model import VLA, VLAConfig  # noqa: E402 (now that the repository is on the path)
+from model import VLA, VLAConfig  # noqa: E402 now that the repository is on the path
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 

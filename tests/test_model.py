@@ -15,19 +15,10 @@ from torch.nn import functional as F
 import data
 import model
 import pretrain
+import sequences
 import training
-from model import (
-    ACTION,
-    LAQ,
-    LATENT,
-    TEXT,
-    VISION,
-    VLA,
-    LAQConfig,
-    VLAConfig,
-    code_cnn,
-    nearest,
-)
+from model import ACTION, LAQ, LATENT, TEXT, VISION, VLA, LAQConfig, VLAConfig, nearest
+from model.laq import code_cnn
 
 HEADERS = Path(get_paths()["include"], "Python.h")
 
@@ -53,7 +44,7 @@ def heads_of(rows, count):
 
 @pytest.mark.parametrize("T", [1, 2, 3, 5])
 def test_peg_is_a_causal_convolution(T):
-    net, x = model.PEG(6), torch.randn(2, T, 16, 6, requires_grad=True)
+    net, x = model.laq.PEG(6), torch.randn(2, T, 16, 6, requires_grad=True)
     torch.nn.init.normal_(net.conv.weight)
     padded = F.pad(x.unflatten(2, (4, 4)).movedim(-1, 1), (1, 1, 1, 1, 2, 0))  # B D T h w
     expected = net.conv(padded).movedim(1, -1).flatten(2, 3)
@@ -68,7 +59,7 @@ def test_peg_is_a_causal_convolution(T):
 def test_attention_is_attention_also_over_two_frames(N):
     """Against torch's own, with the same unit queries and keys"""
     torch.manual_seed(0)
-    net, x = model.Attention(32, 4, 8), torch.randn(6, N, 32)
+    net, x = model.laq.Attention(32, 4, 8), torch.randn(6, N, 32)
     net.q_scale.data.uniform_(0.5, 2)
     net.k_scale.data.uniform_(0.5, 2)
 
@@ -81,7 +72,9 @@ def test_attention_is_attention_also_over_two_frames(N):
     expected = F.scaled_dot_product_attention(q, k, v, scale=8.0).transpose(1, 2).flatten(2)
     torch.testing.assert_close(net(x), net.to_out(expected))
     q, k, v = heads_of(6, N), heads_of(6, 2), heads_of(6, 2)
-    assert_equal_forms(lambda: model.attend(q, k, v), lambda: model.attend_to_two(q, k, v), q, k, v)
+    assert_equal_forms(
+        lambda: model.laq.attend(q, k, v), lambda: model.laq.attend_to_two(q, k, v), q, k, v
+    )
 
 
 @pytest.mark.parametrize("biased", [True, False])
@@ -89,15 +82,15 @@ def test_attention_over_the_grid_is_attention(biased):
     q, k, v = (heads_of(3, 16) for _ in range(3))
     bias = torch.randn(1, 4, 16, 16, requires_grad=True) if biased else None
     assert_equal_forms(
-        lambda: model.attend(q, k, v, bias),
-        lambda: model.attend_by_products(q, k, v, bias),
+        lambda: model.laq.attend(q, k, v, bias),
+        lambda: model.laq.attend_by_products(q, k, v, bias),
         *((q, k, v, bias) if biased else (q, k, v)),
     )
 
 
 @pytest.mark.parametrize("grid", [1, 2, 5])
 def test_position_bias_depends_on_the_offset_alone(grid):
-    net = model.PositionBias(12, 3, grid)
+    net = model.laq.PositionBias(12, 3, grid)
     assert_equal_forms(net.compute, net.look_up, *net.parameters())
     bias = net().unflatten(3, (grid, grid)).unflatten(2, (grid, grid))[0]  # heads y x y x
     assert torch.equal(bias[:, :-1, :-1, :-1, :-1], bias[:, 1:, 1:, 1:, 1:])
@@ -105,7 +98,7 @@ def test_position_bias_depends_on_the_offset_alone(grid):
 
 def test_the_misread_peg_convolves_patches_of_both_frames_as_if_they_were_one():
     """The official temporal PEG: element (n, t) in memory is read as number n T + t of (t, n)"""
-    peg, x = model.MisreadPEG(6), torch.randn(2, 2, 16, 6)
+    peg, x = model.laq.MisreadPEG(6), torch.randn(2, 2, 16, 6)
     torch.nn.init.normal_(peg.conv.weight)
     found = peg(x, 4)
     mixed = torch.stack([x[:, i % 2, i // 2] for i in range(32)], dim=1).unflatten(1, (2, 16))
@@ -113,8 +106,10 @@ def test_the_misread_peg_convolves_patches_of_both_frames_as_if_they_were_one():
     for i in range(32):
         torch.testing.assert_close(found[:, i % 2, i // 2], expected[:, i])
     net = LAQ(LAQConfig(**SMALL, official_peg=True))
-    assert type(net.temporal_encoder.layers[0].peg) is model.MisreadPEG
-    assert type(net.spatial_encoder.layers[0].peg) is type(net.decoder.layers[0].peg) is model.PEG
+    assert type(net.temporal_encoder.layers[0].peg) is model.laq.MisreadPEG
+    assert (
+        type(net.spatial_encoder.layers[0].peg) is type(net.decoder.layers[0].peg) is model.laq.PEG
+    )
 
 
 @pytest.mark.parametrize("code_len, grid", [(1, 8), (2, 8), (4, 8), (16, 16), (64, 16), (256, 32)])
@@ -132,7 +127,7 @@ def test_the_cnn_of_each_number_of_codes_is_the_official_one(code_len, grid):
 
 # ---------------------------------------------------------------- LAQ: codebook and gradients
 def test_nsvq_keeps_the_distance_and_reaches_encoder_and_codebook():
-    quantizer, d = model.Quantizer(LAQConfig(**SMALL)), torch.randn(6, 4, 8, requires_grad=True)
+    quantizer, d = model.laq.Quantizer(LAQConfig(**SMALL)), torch.randn(6, 4, 8, requires_grad=True)
     gaps = (d[:, :, None] - quantizer.codebook).norm(dim=-1)
     indices = nearest(d, quantizer.codebook)
     assert torch.equal(indices, gaps.argmin(-1))
@@ -169,7 +164,7 @@ def test_every_use_counts_except_under_the_official_rule(official_rule, expected
 
 
 def test_used_entries_are_pulled_to_the_mean_of_what_chose_them():
-    quantizer, d = model.Quantizer(LAQConfig(**SMALL)), torch.randn(1, 4, 8)
+    quantizer, d = model.laq.Quantizer(LAQConfig(**SMALL)), torch.randn(1, 4, 8)
     expected = quantizer.codebook.detach().clone()
     expected[3] = 0.8 * expected[3] + 0.2 * d[0, :3].mean(0)
     expected[1] = 0.8 * expected[1] + 0.2 * d[0, 3]
@@ -178,7 +173,7 @@ def test_used_entries_are_pulled_to_the_mean_of_what_chose_them():
 
 
 def test_dead_codes_land_on_encoder_outputs_of_the_batch():
-    quantizer, d = model.Quantizer(LAQConfig(**SMALL)), torch.randn(16, 4, 8)
+    quantizer, d = model.laq.Quantizer(LAQConfig(**SMALL)), torch.randn(16, 4, 8)
     before = quantizer.codebook.detach().clone()
     uses = torch.tensor([[0, 1, 2, 3]] * 20 + [[4, 0, 0, 0]])  # 4: under 10 % of a fair share
     quantizer.count_uses(uses)
@@ -193,7 +188,7 @@ def test_dead_codes_land_on_encoder_outputs_of_the_batch():
 def test_codes_that_take_turns_far_from_the_data_are_dead():
     """All entries at one far point: each batch finds one of them, which then drifts, so that soon
     every entry was used.  A batch that uses a single code is collapsed all the same."""
-    quantizer, d = model.Quantizer(LAQConfig(**SMALL)), torch.randn(16, 4, 8)
+    quantizer, d = model.laq.Quantizer(LAQConfig(**SMALL)), torch.randn(16, 4, 8)
     quantizer.codebook.data.fill_(50.0)
     for i in range(48):
         quantizer.count_uses(torch.full((16, 4), i % 8))
@@ -261,24 +256,24 @@ def test_the_loss_of_rows_that_are_cut_does_not_depend_on_how_a_batch_is_parted(
 
 
 def test_soft_targets_are_a_gaussian_around_the_true_token():
-    one = model.soft_targets(torch.tensor([3, 0]), 8, 1.5)
+    one = model.vla.soft_targets(torch.tensor([3, 0]), 8, 1.5)
     assert one.argmax(-1).tolist() == [3, 0]
     torch.testing.assert_close(one[0, 2], one[0, 4])
     torch.testing.assert_close(one[0, 4] / one[0, 3], torch.tensor(-0.5 / 1.5**2).exp())
-    each = model.soft_targets(torch.tensor([3, 0]), 8, torch.tensor([[1.5], [0.5]]))
+    each = model.vla.soft_targets(torch.tensor([3, 0]), 8, torch.tensor([[1.5], [0.5]]))
     torch.testing.assert_close(each[0], one[0])
     assert each[1, 0] > one[1, 0]
 
 
 def test_official_generation_gives_0_after_a_token_2():
     answer = torch.tensor([[1, 2, 3, 4], [2, 2, 1, 1], [1, 3, 4, 5]])
-    assert model.zero_after_end(answer).tolist() == [[1, 2, 0, 0], [2, 0, 0, 0], [1, 3, 4, 5]]
+    assert model.vla.zero_after_end(answer).tolist() == [[1, 2, 0, 0], [2, 0, 0, 0], [1, 3, 4, 5]]
 
 
 def test_padding_sees_itself_and_takes_no_position():
     valid = torch.tensor([[False, False, True, True], [True, True, True, True]])
-    assert model.positions(valid).tolist() == [[0, 0, 0, 1], [0, 1, 2, 3]]
-    seen = model.causal_mask(valid, torch.float32) == 0
+    assert model.vla.positions(valid).tolist() == [[0, 0, 0, 1], [0, 1, 2, 3]]
+    seen = model.vla.causal_mask(valid, torch.float32) == 0
     assert seen[0, 0].int().tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
     assert torch.equal(seen[1, 0], torch.ones(4, 4).tril() > 0)
 
@@ -327,7 +322,7 @@ def test_decoding_with_the_cache_gives_the_hidden_states_of_the_full_pass(vla):
     x, found, L = vla.embed(*whole, images), [], tokens.shape[1]
     cos, sin, mask = vla.attention_inputs(x, valid)
     for block in vla.layers:
-        block.cache = model.KVCache((3, 2, L + 3, 16), x)
+        block.cache = model.vla.KVCache((3, 2, L + 3, 16), x)
         block.cache.keys.fill_(1e4)  # what an earlier prompt left there
         block.cache.values.fill_(1e4)
     with torch.no_grad():

@@ -145,7 +145,7 @@ def test_rounded_rotary_table_is_what_official_bf16_needs():
     table = arrays("vla/rope_tables.npz")
     half = torch.arange(0, 128, 2).float()
     angle = torch.arange(400)[:, None] * 5e7 ** (-half / 128)
-    cos, sin = model.rope_table(angle, True)
+    cos, sin = model.vla.rope_table(angle, True)
     assert torch.equal(cos, table["bf16.dim128.cos"])
     assert torch.equal(sin, table["bf16.dim128.sin"])
 
