@@ -220,7 +220,7 @@ def test_rows_equal_the_official_ones(stage, kind, field):
         for which in (VISION, LATENT, ACTION):
             known = golden.get(f"{stage}.{side}_{LOGITS[which]}_masks")
             assert known is None or torch.equal(found == which, known)
-    sequences.official_cut = False  # ours: the mask stays with its tokens
+    builder.official_cut = False  # ours: the mask stays with its tokens
     mask = builder.rows([lines[3]["instruction"]], answers[3:], kind, codes[3:])["mask"][0]
     whole = golden[f"{stage}.example3.loss_mask"].bool()
     assert torch.equal(mask, whole[1:385]) and not torch.equal(mask, rows["mask"][3])
