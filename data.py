@@ -91,7 +91,7 @@ def labelled_few(
     all.  Refuses episodes that have no actions at all."""
     labelled = [e for e in episodes if e.actions is not None]
     if not labelled or (exact and len(labelled) < count):
-        fail(f"--labelled {count}: only {len(labelled)} episodes to train on have actions")
+        fail(f"--labelled {count}: only {len(labelled)} episodes with actions to train on")
     order = np.random.default_rng(seed).permutation(len(labelled))
     return [labelled[i] for i in order[: count or None]]
 

@@ -421,7 +421,7 @@ def test_quantile_edges_equal_those_of_pandas():
 
 
 def test_reading_all_windows_keeps_no_frame_in_memory(make_dataset):
-    """40 MB of pictures are read; the process grows by the 10 MB that the allocator keeps, no more"""
+    """40 MB of pictures are read; the process grows by no more than the allocator keeps, 10 MB"""
     found = data.open_dataset(make_dataset({f"e{i}": 80 for i in range(40)}, size=64), 64).episodes
 
     def held():
