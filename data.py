@@ -1,133 +1,140 @@
-"""Episodes on disk -> frames, windows, token sequences and action bins.
+"""Episodes on disk -> frames -> windows and batches; image codes, labels, action bins.
 
     python data.py check DATASET    every defect at once
 
-A dataset is a folder with `episodes.jsonl`, one episode a line:
+A dataset is a folder with `episodes.jsonl`, one episode per line (docs/formats.md):
     id           unique name                      instruction  what the robot or person was told
     video        a film, a folder of pictures, or a .npy uint8 [T, H, W, 3]; path inside DATASET
     fps          frames per second (a film may leave it out)
     frames       optional T, checked              actions      optional .npy float [T-1 or T, A]
-    captions     optional list of T strings       others       carried along, for `--where a=b`"""
+    captions     optional list of T strings       others       carried along, for `--where a=b`
+
+Letters: T frames of an episode, S pixels of their sides, A action dimensions, B batch."""
 
 import hashlib
 import json
 import os
 import re
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mode
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 from tqdm import tqdm
 
 import video
-from common import (
-    atomically,
-    fail,
-    is_main_process,
-    latest,
-    matching,
-    refuse,
-    to_json,
-)
+from common import atomically, fail, is_main_process, latest, matching, refuse, to_json
 from video import how_resampled, official_resize, resize
+
+if TYPE_CHECKING:
+    from training import Processes
+
+Batch = TypeVar("Batch")
 
 
 # ------------------------------------------------------------------------ episodes
 @dataclass
 class Episode:
-    """frames: uint8 [T, S, S, 3] (memory-mapped); actions: float32 [T-1 or T, A] or None"""
+    """One video, and what is known about it"""
 
     id: str
     instruction: str
     fps: float
-    info: dict
-    frames: np.ndarray = None
-    actions: np.ndarray = None
-    key: str = ""  # of the frames in the packed cache
-    codes: np.ndarray = None  # uint16 [T, N] of a VQGAN, where the model reads those
+    info: dict  # its line of episodes.jsonl
+    frames: np.ndarray | None = None  # uint8 [T, S, S, 3], memory-mapped
+    actions: np.ndarray | None = None  # float32 [T-1 or T, A]
+    key: str = ""  # of its frames in the packed cache
+    codes: np.ndarray | None = None  # uint16 [T, N] of a VQGAN, memory-mapped, see add_codes
 
 
 @dataclass
 class Dataset:
+    """The episodes of a folder that match a `--where`"""
+
     path: Path
-    fingerprint: str  # of episodes.jsonl: labels remember it
-    episodes: list
+    fingerprint: str  # of episodes.jsonl, by which labels and runs know the dataset
+    episodes: list[Episode]
 
-    def split(self, held_out):
-        """-> (training episodes, held-out episodes): those whose `split` is not "train" or, where
-        none has that field, the `held_out` ones whose id has the smallest SHA-256, so that adding
-        an episode never moves more than one other across."""
-        late = {e.id for e in self.episodes if e.info.get("split", "train") != "train"}
-        if not any("split" in e.info for e in self.episodes):
-            order = sorted(self.episodes, key=lambda e: hashlib.sha256(e.id.encode()).digest())
-            late = {e.id for e in order[:held_out]}
-        train = [e for e in self.episodes if e.id not in late]
+    def split(self, held_out: int) -> tuple[list[Episode], list[Episode]]:
+        """-> training episodes, held-out episodes.
+
+        Held out are those whose `split` is not "train" or, if none has that field, the `held_out`
+        ones whose id has the smallest SHA-256: adding an episode moves at most one other across."""
+        if any("split" in e.info for e in self.episodes):
+            chosen = [e for e in self.episodes if e.info.get("split", "train") != "train"]
+        else:
+            by_hash = sorted(self.episodes, key=lambda e: hashlib.sha256(e.id.encode()).digest())
+            chosen = by_hash[:held_out]
+        held_out_ids = {e.id for e in chosen}
+        train = [e for e in self.episodes if e.id not in held_out_ids]
         if not train:
-            fail(f"{self.path}: nothing left after holding out {len(late)} episodes (--held_out)")
-        return train, [e for e in self.episodes if e.id in late]
+            fail(
+                f"{self.path}: nothing left to train on after holding out {len(held_out_ids)} "
+                "episodes (--held_out)"
+            )
+        return train, [e for e in self.episodes if e.id in held_out_ids]
 
 
-def labelled_few(episodes, count, seed, exact=True):
-    """The `count` episodes (0: all) whose action labels finetuning (and VPT) may use, drawn by seed
-    from those that have some; fewer, where there are not so many, unless `exact`"""
-    known = [e for e in episodes if e.actions is not None]
-    if not known or exact and len(known) < count:
-        fail(f"--labelled {count}: only {len(known)} episodes with actions are left to learn from")
-    return [known[i] for i in np.random.default_rng(seed).permutation(len(known))[: count or None]]
+def labelled_few(
+    episodes: Sequence[Episode], count: int, seed: int, exact: bool = True
+) -> list[Episode]:
+    """The few episodes whose actions finetuning (and VPT) may use: `count` of those that have
+    actions, 0: all, drawn by seed.  Where there are fewer, refuses or, unless `exact`, takes them
+    all.  Refuses episodes that have no actions at all."""
+    labelled = [e for e in episodes if e.actions is not None]
+    if not labelled or (exact and len(labelled) < count):
+        fail(f"--labelled {count}: only {len(labelled)} episodes with actions to train on")
+    order = np.random.default_rng(seed).permutation(len(labelled))
+    return [labelled[i] for i in order[: count or None]]
 
 
-def open_dataset(path, size, where="", actions_needed=False, official=False):
+# ------------------------------------------------------------------------ opening a dataset
+def open_dataset(
+    path: str | Path,
+    size: int,
+    where: str = "",
+    actions_needed: bool = False,
+    official: bool = False,
+) -> Dataset:
     """Validate a dataset and open it at size x size pixels; exits with every defect listed.
 
-    Only the episodes that match `where` ("embodiment=robot,task=push") are decoded and returned;
-    official: their frames are resized as LWM's VQGAN expects, not as the LAQ does."""
+    Only the episodes that match `where` ("embodiment=robot,task=push") are decoded and returned.
+    official: resize frames as LWM's VQGAN expects, not as the LAQ does"""
     path = Path(path)
     index = path / "episodes.jsonl"
-    rows, problems = _read_rows(index)
+    rows, problems = read_index(index)
     rows = matching(rows, where, index, problems)
-    pack = video.Pack(
-        video.cache_file(f"frames_{size}" + "_official" * official, path), (size, size, 3), "uint8"
-    )
+    folder = f"frames_{size}_official" if official else f"frames_{size}"
+    resized = official_resize if official else resize
     try:
-        sources, missing = _look_at_videos(path, rows)
-        undecodable = video.fill_cache(
-            pack, list(sources.values()), official_resize if official else resize, path.name
-        )
-        episodes = []
-        for row in rows:
-            source = sources.get(row["id"])
-            bad = undecodable.get(source.key) if source else missing[row["id"]]
-            episode, defects = _load_episode(path, row, pack, source, bad, actions_needed)
-            problems += [f"{index}: episode {row['id']!r}: field {text}" for text in defects]
-            episodes.append(episode)
+        pack = video.Pack(video.cache_file(folder, path), (size, size, 3), "uint8")
+        episodes, defects = load_episodes(path, rows, pack, resized, actions_needed)
     except video.MachineFault as fault:
-        fail(fault)
-    episodes = [episode for episode in episodes if episode is not None]
-    widths = {e.id: e.actions.shape[1] for e in episodes if e.actions is not None}
-    usual = mode(widths.values()) if widths else None
-    problems += [
-        f"{index}: episode {name!r}: field actions: width {width}, {usual} in most other episodes"
-        for name, width in widths.items()
-        if width != usual
-    ]
+        fail(str(fault))
+    defects += width_defects(episodes)
+    problems += [f"{index}: episode {name!r}: field {text}" for name, text in defects]
     if problems:
         shown = "\n  ".join(problems)
-        fail(f"{len(problems)} defects in {path}\n  {shown}" if problems[1:] else shown)
+        fail(f"{len(problems)} defects in {path}\n  {shown}" if len(problems) > 1 else shown)
     if is_main_process():
         video.say_about_films(path, {e.id: (pack.entries[e.key], e.fps) for e in episodes})
     return Dataset(path, hashlib.sha256(index.read_bytes()).hexdigest()[:12], episodes)
 
 
-def _read_rows(index):
-    """-> rows that are JSON objects, and the defects that need no decoding"""
-    rows, problems = {}, []
-    with refuse(f"{index.parent}: no dataset there (expected {index}, readable)"):
+def read_index(index: Path) -> tuple[list[dict], list[str]]:
+    """-> the lines of episodes.jsonl that are JSON objects with an id of their own, and what is
+    wrong with the others"""
+    rows: dict[str, dict] = {}
+    problems: list[str] = []
+    with refuse(f"{index.parent}: no dataset there (expected a readable {index})"):
         lines = index.read_text(encoding="utf-8-sig").split("\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -147,202 +154,289 @@ def _read_rows(index):
     return list(rows.values()), problems
 
 
-def _inside(root, text):
-    """A path of the dataset, as episodes.jsonl gives it: relative, and never out of it.  File names
-    on disk are UTF-8 whatever the locale."""
+def load_episodes(
+    root: Path, rows: list[dict], pack: video.Pack, resized: Callable, actions_needed: bool
+) -> tuple[list[Episode], list[tuple[str, str]]]:
+    """Decode what the cache lacks -> the episodes without defects; of the others, pairs of id and
+    "field: what is wrong".  Raises video.MachineFault."""
+    sources, unreadable = find_videos(root, rows)
+    undecodable = video.fill_cache(pack, list(sources.values()), resized, root.name)
+    episodes: list[Episode] = []
+    defects: list[tuple[str, str]] = []
+    for row in rows:
+        source = sources.get(row["id"])
+        video_error = undecodable.get(source.key) if source else unreadable[row["id"]]
+        episode, found = load_episode(root, row, pack, source, video_error, actions_needed)
+        defects += [(row["id"], text) for text in found]
+        if episode is not None:
+            episodes.append(episode)
+    return episodes, defects
+
+
+def find_videos(root: Path, rows: list[dict]) -> tuple[dict[str, video.Source], dict[str, str]]:
+    """-> the videos that are there, {id: source}, and what is wrong with the others, {id: text}"""
+    sources: dict[str, video.Source] = {}
+    unreadable: dict[str, str] = {}
+    root = root.resolve()
+    for row in rows:
+        fps = row.get("fps") if is_rate(row.get("fps")) else None
+        try:
+            sources[row["id"]] = video.open_source(path_inside(root, row.get("video")), fps)
+        except (OSError, ValueError) as error:
+            video.refuse_machine_faults(error, root)
+            unreadable[row["id"]] = video.reason(error)
+    return sources, unreadable
+
+
+def path_inside(root: Path, text: object) -> Path:
+    """A path as episodes.jsonl gives it: relative, and never out of the dataset.  File names on
+    disk are UTF-8 whatever the locale.  Raises ValueError."""
     if not isinstance(text, str) or not text or os.path.isabs(text) or ".." in Path(text).parts:
         raise ValueError("expected a path inside the dataset")
     return root / os.fsdecode(text.encode("utf-8", "surrogatepass"))
 
 
-def _look_at_videos(root, rows):
-    """-> {id: video.Source} of the videos that are there, {id: what is wrong} of the others"""
-    sources, missing, root = {}, {}, root.resolve()
-    for row in rows:
-        fps = row.get("fps")
-        try:
-            path = _inside(root, row.get("video"))
-            sources[row["id"]] = video.open_source(path, fps if _is_rate(fps) else None)
-        except (OSError, ValueError) as error:
-            video.refuse_machine_faults(error, root)
-            missing[row["id"]] = video.reason(error)
-    return sources, missing
-
-
-def is_text(value):
+def is_text(value: object) -> bool:
     """Whether a JSON value is text that can be written; half of a surrogate pair cannot"""
-    return isinstance(value, str) and value.strip() and not re.search("[\ud800-\udfff]", value)
+    return (
+        isinstance(value, str) and value.strip() != "" and not re.search("[\ud800-\udfff]", value)
+    )
 
 
-def _is_rate(fps):
+def is_rate(fps: object) -> bool:
+    """Whether a JSON value can be frames per second"""
     return type(fps) in (int, float) and 0 < fps < 2**63
 
 
-def _load_episode(root, row, pack, source, bad_video, actions_needed):
-    """-> Episode (None where it has defects), and "field: text" of each defect.
+def load_episode(
+    root: Path,
+    row: dict,
+    pack: video.Pack,
+    source: video.Source | None,
+    video_error: str | None,
+    actions_needed: bool,
+) -> tuple[Episode | None, list[str]]:
+    """-> Episode (None if it has defects), and "field: what is wrong" per defect.
 
-    bad_video: what is wrong with the video, if anything; what follows from it is not said"""
-    instruction, fps, captions = row.get("instruction"), row.get("fps"), row.get("captions")
-    bad, frames, actions, T, entry = [], None, None, None, {}
-    if bad_video:
-        bad.append(f"video: {row.get('video')!r} cannot be read: {bad_video}")
+    video_error: what is wrong with the video, or None; what follows from it is not reported"""
+    entry: dict = {}  # what the cache knows about the video
+    frames, fps = None, row.get("fps")
+    defects: list[str] = []
+    if video_error:
+        defects.append(f"video: {row.get('video')!r} cannot be read: {video_error}")
     else:
         entry, frames = pack.entries[source.key], pack.rows(source.key)
-        T = len(frames)
-        if fps is None or "gaps" in entry:
+        if fps is None or "gaps" in entry:  # the file says it, or the film was resampled
             fps = entry.get("fps")
-    if row.get("actions") is not None:
-        try:
-            actions = _load_actions(_inside(root, row["actions"]), T)
-        except Exception as error:
-            video.refuse_machine_faults(error, root)
-            bad.append(
-                f"actions: expected numbers [T-1 or T, A] in {row['actions']!r}: "
-                f"{video.reason(error)}{how_resampled(entry)}"
-            )
-    elif actions_needed:
-        bad.append("actions: missing, and this stage needs labelled episodes")
-    if not is_text(instruction):
-        bad.append(f"instruction: expected words, found {instruction!r}")
-    if fps is None and not bad_video:
-        bad.append("fps: expected frames per second, found None, and the video does not say")
-    elif fps is not None and not _is_rate(fps):
-        bad.append(f"fps: expected frames per second, found {fps!r}")
-    if "gaps" in entry and (actions is not None or captions is not None):
-        bad.append(f"video: actions and captions belong to single pictures{how_resampled(entry)}")
-    if T is not None and T < 2:
-        bad.append(f"video: {row['video']} holds one frame, expected at least 2")
-    if T is not None and row.get("frames", T) != T:
-        bad.append(
-            f"frames: says {row.get('frames')!r}, but {row['video']} holds "
-            f"{T}{how_resampled(entry)}"
+    actions, action_defects = load_actions(root, row, frames, entry, actions_needed)
+    defects += action_defects
+    if not is_text(row.get("instruction")):
+        defects.append(f"instruction: expected words, found {row.get('instruction')!r}")
+    if fps is None and not video_error:
+        defects.append("fps: missing, and the video file does not state it")
+    elif fps is not None and not is_rate(fps):
+        defects.append(f"fps: expected frames per second, found {fps!r}")
+    if frames is not None:
+        defects += frame_defects(row, len(frames), entry, actions is not None)
+    if defects:
+        return None, defects
+    words = row["instruction"].strip()
+    return Episode(row["id"], words, float(fps), row, frames, actions, source.key), []
+
+
+def frame_defects(row: dict, frame_count: int, entry: dict, has_actions: bool) -> list[str]:
+    """What contradicts the number of frames, or the clock, of a video that could be read"""
+    defects, captions = [], row.get("captions")
+    if "gaps" in entry and (has_actions or captions is not None):
+        defects.append(
+            f"video: actions and captions belong to individual pictures{how_resampled(entry)}"
         )
-    if (
-        T is not None
-        and captions is not None
-        and not (isinstance(captions, list) and [type(c) for c in captions] == [str] * T)
-    ):
-        bad.append(f"captions: expected a list of {T} strings{how_resampled(entry)}")
-    if bad:
-        return None, bad
-    episode = Episode(row["id"], instruction.strip(), float(fps), row, frames, actions, source.key)
-    return episode, bad
+    if frame_count < 2:
+        defects.append(f"video: {row['video']} has one frame, expected at least 2")
+    if row.get("frames", frame_count) != frame_count:
+        defects.append(
+            f"frames: says {row.get('frames')!r}, but {row['video']} has {frame_count}"
+            f"{how_resampled(entry)}"
+        )
+    is_list = isinstance(captions, list) and all(type(caption) is str for caption in captions)
+    if captions is not None and not (is_list and len(captions) == frame_count):
+        defects.append(f"captions: expected a list of {frame_count} strings{how_resampled(entry)}")
+    return defects
 
 
-def _load_actions(path, T):
+def load_actions(
+    root: Path, row: dict, frames: np.ndarray | None, entry: dict, needed: bool
+) -> tuple[np.ndarray | None, list[str]]:
+    """-> an episode's actions, float32 [T-1 or T, A], or None; and their defects"""
+    if row.get("actions") is None:
+        missing = ["actions: missing, but this stage needs them"] if needed else []
+        return None, missing
+    frame_count = None if frames is None else len(frames)
+    try:
+        return read_actions(path_inside(root, row["actions"]), frame_count), []
+    except Exception as error:  # numpy raises several kinds for broken files
+        video.refuse_machine_faults(error, root)
+        found = f"{video.reason(error)}{how_resampled(entry)}"
+        return None, [f"actions: expected numbers [T-1 or T, A] in {row['actions']!r}: {found}"]
+
+
+def read_actions(path: Path, frame_count: int | None) -> np.ndarray:
+    """A .npy of actions as float32; raises ValueError for a shape that does not fit (frame_count
+    None: any length fits) and for numbers that are not finite"""
     with np.errstate(over="ignore"):  # too large for float32: infinity
         actions = np.load(path).astype(np.float32, casting="same_kind")
-    if actions.ndim != 2 or actions.shape[1] == 0 or T and len(actions) not in (T - 1, T):
-        raise ValueError(f"found shape {actions.shape}, T is {T or 'unknown'}")
+    shape_fits = actions.ndim == 2 and actions.shape[1] > 0
+    if not shape_fits or (frame_count and len(actions) not in (frame_count - 1, frame_count)):
+        raise ValueError(f"found shape {actions.shape}, T is {frame_count or 'unknown'}")
     broken = np.flatnonzero(~np.isfinite(actions).all(1))
     if len(broken):
-        raise ValueError(
-            f"found NaN, infinity or what is too large for float32, first in row {broken[0]}"
-        )
+        raise ValueError(f"NaN, infinity or a number too large for float32 in row {broken[0]}")
     return actions
 
 
+def width_defects(episodes: Sequence[Episode]) -> list[tuple[str, str]]:
+    """Pairs of id and text for the episodes whose actions have another width than most"""
+    widths = {e.id: e.actions.shape[1] for e in episodes if e.actions is not None}
+    usual = mode(widths.values()) if widths else None
+    return [
+        (name, f"actions: width {width}, {usual} in most other episodes")
+        for name, width in widths.items()
+        if width != usual
+    ]
+
+
 # ------------------------------------------------------------------------ frames and their codes
-def to_float(frames, device=torch.device("cpu")):
-    """uint8 [.., H, W, 3] -> float32 tensor [.., 3, H, W] in [0, 1] on the device"""
+def to_float(frames: np.ndarray, device: torch.device | None = None) -> Tensor:
+    """uint8 [.., H, W, 3] -> float32 [.., 3, H, W] in [0, 1] on the device (None: the CPU)"""
     x = torch.from_numpy(np.ascontiguousarray(frames))
-    if device.type == "cuda":  # as bytes, and nobody waits for it
+    if device is not None and device.type == "cuda":  # sent as bytes, and nothing waits for it
         x = x.pin_memory().to(device, non_blocking=True)
     return x.movedim(-1, -3).float() / 255
 
 
-def open_vqgan(path, option, device, shape):
-    """The image tokenizer beside a VLA of that shape (its config): see official/vqgan.py.  None for
-    a VLA that reads linear patches.  Refuses one that reads no images."""
+class ImageTokenizer(Protocol):
+    """What the stages use of official.vqgan.VQGAN"""
+
+    config: Any  # its shape, a dataclass
+    mark: str  # hash of its weights
+    file: Path  # the weights
+
+    def encode(self, images: Tensor) -> Tensor:
+        """float [B, 3, S, S] in [-1, 1] -> codes int64 [B, N]"""
+
+
+def open_vqgan(path: str, option: str, device: torch.device, shape: dict) -> ImageTokenizer | None:
+    """The image tokenizer beside a VLA of that shape (its config): see official/vqgan.py.  None
+    for a VLA that reads linear patches.  Refuses a VLA that reads no images."""
     if not shape["patch_size"]:
-        fail(f"--{option} {latest(path)}: a model of text alone, it reads no images")
+        fail(f"--{option} {latest(path)}: a text-only model, it reads no images")
     if not shape["vision_vocab"]:
         return None
-    from official.vqgan import load_vqgan  # only models that read codes need it
-
+    try:
+        from official.vqgan import load_vqgan  # a room that only models with image codes need
+    except ModuleNotFoundError as error:
+        if error.name not in ("official", "official.vqgan"):
+            raise
+        fail(f"--{option} {latest(path)}: it reads image codes, which needs the folder official/")
     return load_vqgan(path, option, device, shape)
 
 
-def add_codes(dataset, episodes, vqgan, processes, most=1 << 16):
-    """Give episodes of a dataset the codes of their frames, uint16 [T, N] memory-mapped: made once,
-    each process its share, and kept in a packed cache under the VQGAN's hash.  most: frames whose
-    codes are held in memory before they are written"""
+def add_codes(
+    dataset: Dataset,
+    episodes: Sequence[Episode],
+    vqgan: ImageTokenizer,
+    processes: "Processes",
+    frames_in_memory: int = 1 << 16,
+) -> None:
+    """Give episodes of a dataset the codes of their frames, uint16 [T, N] memory-mapped.
+
+    Codes are made once, a share by each process, and kept in a packed cache under the VQGAN's hash.
+    frames_in_memory: when more frames than that are encoded, their codes are written"""
     size = vqgan.config.image_size
-    patches = (size // 2 ** (len(vqgan.config.multipliers) - 1)) ** 2
+    side = size // 2 ** (len(vqgan.config.multipliers) - 1)  # codes in a row of the image
     try:
         path = video.cache_file(f"codes_{vqgan.mark}_{size}", dataset.path)
-        pack = video.Pack(path, (patches,), "uint16")
+        pack = video.Pack(path, (side * side,), "uint16")
         missing = {e.key: e for e in episodes if e.key not in pack.entries}
-        ours = list(missing.values())[processes.rank :: processes.world]
-        fresh, count = {}, 0
-        for e in tqdm(
-            ours, "image codes", mininterval=1.0, leave=False, disable=not processes.main
+        local = list(missing.values())[processes.rank :: processes.world]
+        waiting: dict[str, np.ndarray] = {}
+        for episode in tqdm(
+            local, "image codes", mininterval=1.0, leave=False, disable=not processes.main
         ):
-            codes = [
-                vqgan.encode(to_float(np.array(e.frames[t : t + 16]), processes.device) * 2 - 1)
-                for t in range(0, len(e.frames), 16)
-            ]
-            fresh[e.key] = torch.cat(codes).cpu().numpy().astype(np.uint16)
-            count += len(fresh[e.key])
-            if count > most:
-                _write_codes(pack, fresh)
-                fresh, count = {}, 0
-        _write_codes(pack, fresh)
+            waiting[episode.key] = encode_frames(vqgan, episode.frames, processes.device)
+            if sum(map(len, waiting.values())) > frames_in_memory:
+                write_codes(pack, waiting)
+                waiting = {}
+        write_codes(pack, waiting)
         processes.barrier()
         pack.read_index()
-        for e in episodes:
-            e.codes = pack.rows(e.key)
+        for episode in episodes:
+            episode.codes = pack.rows(episode.key)
     except video.MachineFault as fault:
-        fail(fault)
+        fail(str(fault))
 
 
-def _write_codes(pack, fresh):
-    """Append arrays {key: codes} that no other process has written meanwhile"""
-    if fresh:
-        with pack.writing():
-            for key, codes in fresh.items():
-                if key not in pack.entries:
-                    pack.append(key, [codes.tobytes()])
+def encode_frames(vqgan: ImageTokenizer, frames: np.ndarray, device: torch.device) -> np.ndarray:
+    """frames uint8 [T, S, S, 3] -> codes uint16 [T, N], 16 frames at a time"""
+    parts = []
+    for start in range(0, len(frames), 16):
+        images = to_float(np.array(frames[start : start + 16]), device) * 2 - 1  # 16, 3, S, S
+        parts.append(vqgan.encode(images))
+    return torch.cat(parts).cpu().numpy().astype(np.uint16)
+
+
+def write_codes(pack: video.Pack, waiting: dict[str, np.ndarray]) -> None:
+    """Append arrays {key: codes} that no other process has written in the meantime"""
+    if not waiting:
+        return
+    with pack.writing():
+        for key, codes in waiting.items():
+            if key not in pack.entries:
+                pack.append(key, [codes.tobytes()])
 
 
 # ------------------------------------------------------------------------ windows and batches
-def window_frames(seconds, fps):
+def window_frames(seconds: float, fps: float) -> int:
     """A window in seconds -> H in whole frames of an episode, at least 1 (0.6 s at 5 fps: 3)"""
     return max(1, int(seconds * fps + 0.5))
 
 
-def future_index(t, length, h):
-    """x_{t+H}, clamped to the last frame at the end of an episode (code)"""
-    return np.minimum(np.asarray(t) + h, length - 1)
+def future_index(t: int | Sequence[int] | np.ndarray, length: int, window: int) -> np.ndarray:
+    """t -> t + H, at most the last frame of an episode of `length` frames (as the official code;
+    window: H in frames)"""
+    return np.minimum(np.asarray(t) + window, length - 1)
 
 
-def frame_pairs(episodes, which, window):
-    """which [(episode index, t), ..] -> uint8 [B, 2, S, S, 3]: x_t and x_{t+H}"""
+def frame_pairs(
+    episodes: Sequence[Episode], samples: Sequence[tuple[int, int]], seconds: float
+) -> np.ndarray:
+    """samples: B pairs (episode index, t) -> uint8 [B, 2, S, S, 3]: x_t and x_{t+H}"""
+    pairs = []
+    for e, t in samples:
+        frames = episodes[e].frames
+        later = future_index(t, len(frames), window_frames(seconds, episodes[e].fps))
+        pairs.append(frames[[t, later]])
+    return np.stack(pairs)
 
-    def pair(e, t):
-        return e.frames[[t, future_index(t, len(e.frames), window_frames(window, e.fps))]]
 
-    return np.stack([pair(episodes[e], t) for e, t in which])
-
-
-def draw(seed, step, batch, lengths):
-    """`batch` random (clip, frame) pairs, a pure function of (seed, step): a random frame of a
-    random clip, as the official code draws them. lengths: frames of each clip."""
+def draw(seed: int, step: int, count: int, lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """`count` random samples (clip index, frame), a pure function of seed and step: a random frame
+    of a random clip, as the official code draws them.  lengths: frames of each clip"""
     rng = np.random.default_rng((seed, step))
-    clips = rng.integers(len(lengths), size=batch)
-    return [(int(e), int(rng.random() * lengths[e])) for e in clips]
+    clips = rng.integers(len(lengths), size=count)
+    return [(int(clip), int(rng.random() * lengths[clip])) for clip in clips]
 
 
 class FrameSampler:
-    """The frames of each step's batch, a pure function of (seed, step): see `draw`.
+    """The frames of each step's batch, a pure function of the seed and the step: see `draw`.
 
     episodes: where they come from; frame_counts: of each, how many frames have an answer;
     local_rows: the part of the global batch that this process reads"""
 
     def __init__(
         self,
-        episodes: list[Episode],
-        frame_counts: list[int],
+        episodes: Sequence[Episode],
+        frame_counts: Sequence[int],
         seed: int,
         global_batch: int,
         local_rows: slice,
@@ -354,18 +448,21 @@ class FrameSampler:
         self.local_rows = local_rows
 
     def __call__(self, step: int) -> list[tuple[int, int]]:
-        """-> (episode index, frame) of this process's rows"""
+        """-> (episode index, frame) of each row that this process reads"""
         return draw(self.seed, step, self.global_batch, self.frame_counts)[self.local_rows]
 
     def episode_ids(self, step: int) -> list[str]:
-        """The names of the episodes behind these rows"""
+        """The names of the episodes of these rows"""
         return [self.episodes[episode].id for episode, _ in self(step)]
 
 
-def stream(make, start, stop, workers=1, ahead=3):
-    """Yield make(step) for step in start..stop-1, prepared in the background, always in order."""
+def stream(
+    make: Callable[[int], Batch], start: int, stop: int, workers: int = 1, ahead: int = 3
+) -> Iterator[Batch]:
+    """Yield make(step) for step in start..stop-1, always in order; up to `ahead` of them are
+    prepared in the background."""
     with ThreadPoolExecutor(workers) as pool:
-        waiting = []
+        waiting: list[Future] = []
         for step in range(start, stop + ahead):
             if step < stop:
                 waiting.append(pool.submit(make, step))
@@ -373,73 +470,96 @@ def stream(make, start, stop, workers=1, ahead=3):
                 yield waiting.pop(0).result()
 
 
-def random_shift(pictures, share, batch=None, mine=slice(None)):
+def random_shift(
+    pictures: Tensor, share: float, global_batch: int | None = None, local_rows: slice = slice(None)
+) -> Tensor:
     """Move the pictures of each row [B, .., H, W] by one random offset of up to `share` of their
-    size, edges replicated.  The rows are the part `mine` of a global batch of offsets."""
-    B, H, W = len(pictures), *pictures.shape[-2:]
+    size; edges are replicated.
 
-    def shifted(length):
+    Each of several processes draws the offsets of all `global_batch` rows (None: B) and uses those
+    of its `local_rows`, so a step does not depend on how many processes share it."""
+    rows, height, width = len(pictures), pictures.shape[-2], pictures.shape[-1]
+
+    def shifted_places(length: int) -> Tensor:
+        """Where each pixel of a side comes from, [B, length]"""
         most = int(share * length)
-        offset = torch.randint(-most, most + 1, (batch or B, 1))[mine]
-        return (torch.arange(length) + offset).clamp(0, length - 1).to(pictures.device)
+        offsets = torch.randint(-most, most + 1, (global_batch or rows, 1))[local_rows]  # B, 1
+        return (torch.arange(length) + offsets).clamp(0, length - 1).to(pictures.device)
 
-    at = torch.arange(B, device=pictures.device)[:, None, None]
-    return pictures[at, ..., shifted(H)[:, :, None], shifted(W)[:, None]].movedim((1, 2), (-2, -1))
+    y = shifted_places(height)[:, :, None]  # B, H, 1
+    x = shifted_places(width)[:, None, :]  # B, 1, W
+    row = torch.arange(rows, device=pictures.device)[:, None, None]  # B, 1, 1
+    return pictures[row, ..., y, x].movedim((1, 2), (-2, -1))  # B, H, W, .. -> B, .., H, W
 
 
-# ------------------------------------------------------------------------ labels and action bins
-def save_labels(path, labels, meta):
-    """labels: episode id -> int [T, K], into one safetensors file whose header holds meta: LAQ
-    fingerprint, window, codebook size, dataset mark"""
-    packed = {name: torch.from_numpy(rows.astype(np.uint16)) for name, rows in labels.items()}
+# ------------------------------------------------------------------------ labels
+def save_labels(path: str | Path, labels: dict[str, np.ndarray], meta: dict) -> None:
+    """Write one label per frame, for stage 2 to predict, into a safetensors file.
+
+    labels: episode id -> int [T, K], latent codes (stored as uint16), or float [T, A], actions that
+    an inverse dynamics model guessed (stored as float32)
+    meta: JSON in the file's header; load_labels needs its `dataset`, the dataset's fingerprint"""
+    packed = {}
+    for name, rows in labels.items():
+        dtype = np.float32 if np.issubdtype(rows.dtype, np.floating) else np.uint16
+        packed[name] = torch.from_numpy(np.ascontiguousarray(rows, dtype))
     with refuse(f"{path}: not written", (OSError, SafetensorError)), atomically(path) as draft:
         save_file(packed, draft, {"meta": to_json(meta)})
 
 
-def load_labels(path, dataset, episodes):
-    """-> list of int64 [T, K], one an episode, and the labels' meta.  Refuses another dataset's."""
-    with (
-        refuse(
-            f"{path}: no labels there (make them with quantize.py label)",
-            (OSError, SafetensorError, TypeError, KeyError, ValueError),
-        ),
-        safe_open(path, "numpy") as file,
-    ):
+def load_labels(
+    path: str | Path, dataset: Dataset, episodes: Sequence[Episode]
+) -> tuple[list[np.ndarray], dict]:
+    """-> one array per episode, int64 [T, K] codes or float32 [T, A] actions; the labels' meta.
+
+    Refuses labels of another dataset, and episodes without a label for each frame."""
+    hint = "quantize.py label makes latent actions, baselines/inverse_dynamics.py robot actions"
+    broken = (OSError, SafetensorError, TypeError, KeyError, ValueError)
+    with refuse(f"{path}: no labels there ({hint})", broken), safe_open(path, "numpy") as file:
         meta = json.loads(file.metadata()["meta"])
-        found = {name: file.get_tensor(name).astype(np.int64) for name in file.keys()}
-    if meta["dataset"] != dataset.fingerprint:
+        made_for = meta["dataset"]
+        names = file.keys()
+        found = {name: file.get_tensor(name) for name in names}
+    if made_for != dataset.fingerprint:
         fail(
-            f"{path}: made for another dataset ({meta['dataset']}) than {dataset.path} "
+            f"{path}: made for another dataset ({made_for}) than {dataset.path} "
             f"({dataset.fingerprint})"
         )
-    for e in episodes:
-        if (count := len(found.get(e.id, ()))) != len(e.frames):
-            fail(f"{path}: episode {e.id!r} has {count} labels, expected {len(e.frames)}")
-    return [found[e.id] for e in episodes], meta
+    labels = []
+    for episode in episodes:
+        rows = found.get(episode.id, np.empty(0))
+        wanted = len(episode.frames)
+        if len(rows) != wanted:
+            fail(f"{path}: episode {episode.id!r} has {len(rows)} labels, expected {wanted}")
+        dtype = np.float32 if np.issubdtype(rows.dtype, np.floating) else np.int64
+        labels.append(rows.astype(dtype))
+    return labels, meta
 
 
-FEW = 16  # an action dimension with that many distinct values at most has one bin for each of them
+# ------------------------------------------------------------------------ where bins are made
+# An action becomes one token per dimension: the number of the bin that its value falls into (paper
+# 3.3).  `edges` holds one float64 array per dimension: n+1 rising numbers are the edges of n bins;
+# a first number that stands twice begins a list of n values (docs/formats.md, "Checkpoints").
+FEW = 16  # a dimension of at most that many distinct values has one bin for each of them
 
 
-def fit_bins(actions, bins=256, binary=""):
-    """Cut every action dimension into bins (paper 3.3) -> list of A float64 arrays.
+def fit_bins(actions: np.ndarray, bins: int = 256, binary: str = "") -> list[np.ndarray]:
+    """Cut every dimension of actions, float [M, A], into bins -> edges, A float64 arrays.
 
-    actions float [M, A].  A dimension of few values (a gripper's -1 and 1, the keys -1, 0, 1) has
-    one bin for each value and decodes to exactly that: its array lists these values, the first one
-    twice.  Any other has up to `bins` bins of equal count, and its array holds their edges: see
-    quantile_edges.  A constant dimension keeps its one value.  `binary` ("6": the gripper is
-    dimension 6) names dimensions that have two values: see binary_bins."""
-    A, two = actions.shape[1], binary.split(",")
-    if binary and not {*two} <= {*map(str, range(A))}:
-        fail(f"--binary {binary!r}: expected dimensions of 0 to {A - 1}, comma separated")
+    A dimension of few values (a gripper's -1 and 1, the keys -1, 0, 1) has one bin for each value
+    and decodes to exactly that: see bins_of_values.  Any other has up to `bins` bins of equal
+    count: see quantile_edges.  `binary` ("6": the gripper is dimension 6) names dimensions that
+    have two values: see binary_bins."""
+    dimensions = actions.shape[1]
+    named = binary.split(",") if binary else []
+    if not {*named} <= {*map(str, range(dimensions))}:
+        fail(f"--binary {binary!r}: expected dimensions of 0 to {dimensions - 1}, comma separated")
     edges = []
-    for a in range(A):
-        column = actions[:, a].astype(np.float64)
+    for dimension in range(dimensions):
+        column = actions[:, dimension].astype(np.float64)
         values = distinct_values(column)
-        if str(a) in two:
-            edges.append(binary_bins(a, column, values, bins))
-        elif len(values) == 1:
-            edges.append(values)
+        if str(dimension) in named:
+            edges.append(binary_bins(dimension, column, values, bins))
         elif len(values) <= min(FEW, bins):
             edges.append(bins_of_values(values))
         else:
@@ -447,131 +567,158 @@ def fit_bins(actions, bins=256, binary=""):
     return edges
 
 
-def distinct_values(column):
-    """The distinct values of a column, in rising order.  Where these are a few heaps that only the
-    rounding of float32 spreads (1 and 0.9999999), the most frequent one of each"""
-    values, counts = np.unique(column, return_counts=True)
-    rounding = 1e-6 * np.abs(values).max()
-    heaps = np.split(np.arange(len(values)), np.flatnonzero(np.diff(values) > rounding) + 1)
-    if len(heaps) > FEW or any(np.ptp(values[heap]) > rounding for heap in heaps):
-        return values
-    return np.array([values[heap[counts[heap].argmax()]] for heap in heaps])
-
-
-def quantile_edges(column, bins):
-    """Edges of up to `bins` bins of equal count, as pandas' qcut cuts them: duplicate edges are
-    dropped, so fewer bins may remain"""
+def quantile_edges(column: np.ndarray, bins: int) -> np.ndarray:
+    """Edges of up to `bins` bins of equal count, as pandas' qcut cuts them (official); duplicate
+    edges are dropped, so fewer bins may remain"""
     return np.unique(np.quantile(column.astype(np.float64), np.linspace(0, 1, bins + 1)))
 
 
-def bins_of_values(values):
+def bins_of_values(values: np.ndarray) -> np.ndarray:
     """One bin for each of these values, in rising order.  Edges never repeat, so a first number
-    that stands twice marks an array of values."""
-    return np.concatenate([values[:1], values])
+    that stands twice marks a list of values; a single value stands alone."""
+    return values if len(values) == 1 else np.concatenate([values[:1], values])
 
 
-def binary_bins(a, column, values, bins):
-    """Bins of dimension `a`, which --binary names, given its column and its distinct values: the
-    official edges, which decode to 0 and 1, for these and for more than a few in between; one bin
-    for each of a few other values, or for each of two heaps.  Refuses anything else."""
+def binary_bins(dimension: int, column: np.ndarray, values: np.ndarray, bins: int) -> np.ndarray:
+    """Bins of a dimension that --binary names, given its column and its distinct values.
+
+    For 0, 1 and, if they are more than a few, values in between: the official edges, which decode
+    to 0 and 1.  For a few other values: one bin for each.  For two clusters: one bin at each
+    cluster's median.  Refuses anything else."""
     few = len(values) <= min(FEW, bins)
-    if {*values} <= {0.0, 1.0} or not few and values[0] > -0.1 and values[-1] < 1.1:
+    between_0_and_1 = values[0] > -0.1 and values[-1] < 1.1
+    if {*values} <= {0.0, 1.0} or (between_0_and_1 and not few):
         return np.array([-0.5, 0.5, 1.5])
     if few:
-        return bins_of_values(values) if len(values) > 1 else values
+        return bins_of_values(values)
     high = column > (values[0] + values[-1]) / 2
-    heaps = np.median(column[~high]), np.median(column[high])
-    if np.abs(column - np.where(high, *heaps[::-1])).mean() > 0.05 * np.ptp(values):
+    low_median, high_median = np.median(column[~high]), np.median(column[high])
+    distance = np.abs(column - np.where(high, high_median, low_median)).mean()
+    if distance > 0.05 * np.ptp(values):
         fail(
-            f"--binary {a}: dimension {a} has {len(values)} values from {values[0]:g} to "
-            f"{values[-1]:g}, expected two, or values between 0 and 1"
+            f"--binary {dimension}: dimension {dimension} has {len(values)} values from "
+            f"{values[0]:g} to {values[-1]:g}, expected two, or values between 0 and 1"
         )
-    return bins_of_values(np.array(heaps))
+    return bins_of_values(np.array([low_median, high_median]))
 
 
-def describe_bins(edges, actions):
-    """How many bins each dimension has, and what the rows float [M, A] lose in them, in words"""
-    said, errors = [], np.abs(from_bins(to_bins(actions, edges), edges) - actions).mean(0)
-    for a, e in enumerate(edges):
-        values, count = distinct_values(actions[:, a].astype(np.float64)), max(1, len(e) - 1)
-        if errors[a] > 1e-6 * np.abs(actions[:, a]).max():
-            said.append(f"{count} for {len(values)} values (off by {errors[a]:.2g} on average)")
-        else:
-            said.append(f"{count} (one per value)" if count > 1 else f"1 (always {values[0]:g})")
-    return "bins per dimension: " + ", ".join(said)
+def distinct_values(column: np.ndarray) -> np.ndarray:
+    """The distinct values of a column, in rising order.  Where these are a few clusters that only
+    the rounding of float32 spreads (1 and 0.9999999), the most frequent value of each cluster"""
+    values, counts = np.unique(column, return_counts=True)
+    rounding = 1e-6 * np.abs(values).max()
+    borders = np.flatnonzero(np.diff(values) > rounding) + 1
+    clusters = np.split(np.arange(len(values)), borders)  # indices into values
+    if len(clusters) > FEW or any(np.ptp(values[cluster]) > rounding for cluster in clusters):
+        return values
+    return np.array([values[cluster[counts[cluster].argmax()]] for cluster in clusters])
 
 
-def refuse_other_values(edges, actions, whose, guessed=False):
-    """Refuse actions float [M, A] that bins made from other data would turn into other values: a
-    gripper's -1 and 1 where these are for 0 and 1, millimeters where they are for meters.
-
-    guessed: the bins come from guesses of the same actions, so only few values are refused"""
-    decoded = from_bins(to_bins(actions, edges), edges)
-    for a in range(len(edges)):
-        values = np.unique(actions[:, a])
-        error = np.sqrt(((decoded[:, a] - actions[:, a]) ** 2).mean())
-        if error > 0.5 * max(actions[:, a].std(), 0.001 * np.ptp(edges[a]), 1e-9):
-            if not guessed or len(values) <= FEW:
-                shown = " becomes ".join(
-                    f"{rows[:, a].min():g} to {rows[:, a].max():g}" for rows in (actions, decoded)
-                )
-                fail(
-                    f"{whose}: its bins were made for other values of dimension {a}: {shown}; "
-                    "scale the actions as in pretraining, or pretrain on these"
-                )
-
-
-def soft_widths(edges, soft):
-    """The width `soft` for each dimension, 0 where there are so few bins that none is nearly right:
-    smoothed, a gripper's two would hardly differ"""
-    return [0.0 if len(e) <= FEW + 1 else soft for e in edges] if soft else 0.0
-
-
-def is_value_list(e):
+# ------------------------------------------------------------------------ where bins are used
+def lists_values(array: np.ndarray) -> bool:
     """Whether a dimension's array lists the values of its bins, not their edges"""
-    return len(e) == 1 or e[0] == e[1]
+    return len(array) == 1 or array[0] == array[1]
 
 
-def to_bins(actions, edges):
-    """float [.., A] -> int64 [.., A]: the bin whose left edge is the last one <= the value; values
-    outside fall into the end bins, since only the inner edges count.  Where an array lists values,
-    the nearest one."""
+def to_bins(actions: np.ndarray, edges: Sequence[np.ndarray]) -> np.ndarray:
+    """float [.., A] -> int64 [.., A]: the bin whose left edge is the last one <= the value, or the
+    nearest value of a list.  Only inner borders count: what lies outside falls into an end bin."""
     columns = []
-    for a, e in enumerate(edges):
-        inner = (e[1:-1] + e[2:]) / 2 if is_value_list(e) else e[1:-1]
-        columns.append(np.searchsorted(inner, actions[..., a], side="right"))
+    for dimension, array in enumerate(edges):
+        inner = (array[1:-1] + array[2:]) / 2 if lists_values(array) else array[1:-1]
+        columns.append(np.searchsorted(inner, actions[..., dimension], side="right"))
     return np.stack(columns, -1).astype(np.int64)
 
 
-def from_bins(indices, edges):
-    """int [.., A] -> float64 [.., A]: the middle of each bin, or its value; past the last bin
-    counts as last"""
+def from_bins(indices: np.ndarray, edges: Sequence[np.ndarray]) -> np.ndarray:
+    """int [.., A] -> float64 [.., A]: the middle of each bin, or its value.  An index past the last
+    bin counts as the last."""
     columns = []
-    for a, e in enumerate(edges):
-        decoded = e[-max(1, len(e) - 1) :] if is_value_list(e) else (e[1:] + e[:-1]) / 2
-        columns.append(decoded.take(indices[..., a], mode="clip"))
+    for dimension, array in enumerate(edges):
+        middles = (array[1:] + array[:-1]) / 2
+        decoded = array[-bin_count(array) :] if lists_values(array) else middles
+        columns.append(decoded.take(indices[..., dimension], mode="clip"))
     return np.stack(columns, -1)
 
 
-def r2(guess, target):
-    """Share of the variance of target [M, A] that guess explains, per axis; None for a constant"""
+def bin_count(array: np.ndarray) -> int:
+    """Bins of a dimension"""
+    return max(1, len(array) - 1)
+
+
+def soft_widths(edges: Sequence[np.ndarray], soft: float) -> list[float] | float:
+    """The width `soft` of a target's Gaussian for each dimension; 0 where there are so few bins
+    that none is nearly right: smoothed, a gripper's two would hardly differ"""
+    return [0.0 if len(array) <= FEW + 1 else soft for array in edges] if soft else 0.0
+
+
+def describe_bins(edges: Sequence[np.ndarray], actions: np.ndarray) -> str:
+    """How many bins each dimension has, and how far off they are for actions float [M, A]"""
+    errors = np.abs(from_bins(to_bins(actions, edges), edges) - actions).mean(0)
+    described = []
+    for dimension, array in enumerate(edges):
+        column = actions[:, dimension]
+        values, count = distinct_values(column.astype(np.float64)), bin_count(array)
+        if errors[dimension] > 1e-6 * np.abs(column).max():
+            lost = f"off by {errors[dimension]:.2g} on average"
+            described.append(f"{count} for {len(values)} values ({lost})")
+        elif count > 1:
+            described.append(f"{count} (one per value)")
+        else:
+            described.append(f"1 (always {values[0]:g})")
+    return "bins per dimension: " + ", ".join(described)
+
+
+def refuse_other_values(
+    edges: Sequence[np.ndarray], actions: np.ndarray, whose: str, guessed: bool = False
+) -> None:
+    """Refuse actions float [M, A] that bins made from other data would turn into other values: a
+    gripper's -1 and 1 where these are for 0 and 1, millimeters where they are for meters.
+
+    whose: the option that the bins come from, for the message
+    guessed: the bins come from guesses of the same actions, so only few values are refused"""
+    decoded = from_bins(to_bins(actions, edges), edges)
+    for dimension, array in enumerate(edges):
+        column, bin_values = actions[:, dimension], decoded[:, dimension]
+        error = np.sqrt(((bin_values - column) ** 2).mean())
+        spread = max(column.std(), 0.001 * np.ptp(array), 1e-9)
+        tolerated = guessed and len(np.unique(column)) > FEW
+        if error > 0.5 * spread and not tolerated:
+            fail(
+                f"{whose}: its bins were made for other values of dimension {dimension}: "
+                f"{column.min():g} to {column.max():g} becomes "
+                f"{bin_values.min():g} to {bin_values.max():g}; "
+                "scale the actions as in pretraining, or pretrain on these"
+            )
+
+
+def r2(guess: np.ndarray, target: np.ndarray) -> list[float | None]:
+    """Share of the variance of target [M, A] that guess [M, A] explains, per dimension; None for
+    one that is constant"""
     error = ((guess - target) ** 2).sum(0)
     spread = ((target - target.mean(0)) ** 2).sum(0)
     moves = spread > 1e-20 * (target**2).sum(0)  # more than rounding does
-    return [1 - float(e) / float(s) if m else None for e, s, m in zip(error, spread, moves)]
+    return [
+        1 - float(e) / float(s) if m else None for e, s, m in zip(error, spread, moves, strict=True)
+    ]
 
 
-if __name__ == "__main__":
-    command, rest = sys.argv[1:2], sys.argv[2:]
-    if {"-h", "--help"} & {*sys.argv}:
+# ------------------------------------------------------------------------ command line
+def main(words: list[str]) -> None:
+    """data.py check DATASET"""
+    if {"-h", "--help"} & {*words}:
         print(__doc__.strip())
-    elif command == ["check"] and len(rest) == 1:
-        found = open_dataset(rest[0], 64)
+    elif len(words) == 2 and words[0] == "check":
+        dataset = open_dataset(words[1], 64)
+        frames = sum(len(e.frames) for e in dataset.episodes)
+        with_actions = sum(e.actions is not None for e in dataset.episodes)
         print(
-            f"{rest[0]}: {len(found.episodes)} episodes, "
-            f"{sum(len(e.frames) for e in found.episodes)} frames, "
-            f"{sum(e.actions is not None for e in found.episodes)} with actions, "
-            f"fingerprint {found.fingerprint}: no defects"
+            f"{words[1]}: {len(dataset.episodes)} episodes, {frames} frames, {with_actions} with "
+            f"actions, fingerprint {dataset.fingerprint}: no defects"
         )
     else:
         fail("expected: data.py check DATASET")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

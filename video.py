@@ -19,13 +19,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import SpooledTemporaryFile
 from threading import Event, Lock
-from typing import Any, BinaryIO
+from types import ModuleType
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from common import MACHINE_FAULTS, atomically
+
+if TYPE_CHECKING:  # PyAV is optional, see load_av
+    from av import Packet, VideoFrame
+    from av.container import InputContainer
+    from av.video.stream import VideoStream
 
 HEADERS = Lock()  # CPython 3.11 parses .npy headers wrongly when several threads do it at once
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -111,8 +117,8 @@ class Pack:
         with cache_faults(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.rows_path, os.O_RDWR | os.O_CREAT, 0o666)
-        self.rows_file = open(descriptor, "r+b", buffering=0)
-        try:
+        with open(descriptor, "r+b", buffering=0) as rows_file:  # closing it gives the lock back
+            self.rows_file = rows_file
             with cache_faults(self.folder):
                 self.wait_for_lock()
                 if not self.read_index():
@@ -127,8 +133,6 @@ class Pack:
                 yield
             finally:
                 self.commit()
-        finally:
-            self.rows_file.close()  # which gives the lock back
 
     def wait_for_lock(self) -> None:
         """Take the file's lock; a person who would wait for another process is told so"""
@@ -140,7 +144,7 @@ class Pack:
                 print(words, file=sys.stderr)
             fcntl.flock(self.rows_file, fcntl.LOCK_EX)
 
-    def append(self, key: str, chunks: Iterable[bytes], **facts: Any) -> None:
+    def append(self, key: str, chunks: Iterable[bytes], **facts: object) -> None:
         """Add an array, given as the bytes of its rows in some chunks"""
         with self.appending, cache_faults(self.folder):
             self.rows_file.seek(self.end * self.row_bytes)  # after what a failure may have left
@@ -292,7 +296,7 @@ class Timing:
         return None
 
 
-def load_av() -> Any:
+def load_av() -> ModuleType:
     """PyAV, which only films need"""
     try:
         import av
@@ -302,7 +306,7 @@ def load_av() -> Any:
     return av
 
 
-def shown_stream(container: Any) -> Any:
+def shown_stream(container: "InputContainer") -> "VideoStream":
     """The video stream that a player shows: no cover, no thumbnails; the default one before others,
     then the largest.  Raises ValueError where there is none."""
     av = load_av()
@@ -313,7 +317,7 @@ def shown_stream(container: Any) -> Any:
     if not streams:
         raise ValueError("no decoder for its codec" if films else "it holds no film")
 
-    def rank(stream: Any) -> tuple[bool, int]:
+    def rank(stream: "VideoStream") -> tuple[bool, int]:
         size = stream.codec_context.width * stream.codec_context.height
         return bool(stream.disposition & flags.default), size
 
@@ -353,7 +357,7 @@ def frames_of_film(source: Source, timing: Timing) -> Iterator[np.ndarray]:
         raise ValueError(f"{timing.promised} pictures are announced, {found} found")
 
 
-def packets_of_film(container: Any, timing: Timing) -> Iterator[Any]:
+def packets_of_film(container: "InputContainer", timing: Timing) -> Iterator["Packet"]:
     """The compressed pictures of the stream that is shown, ready to be decoded"""
     av = load_av()
     stream = shown_stream(container)
@@ -378,7 +382,7 @@ def packets_of_film(container: Any, timing: Timing) -> Iterator[Any]:
         yield packet
 
 
-def upright(pixels: np.ndarray, frame: Any) -> np.ndarray:
+def upright(pixels: np.ndarray, frame: "VideoFrame") -> np.ndarray:
     """Turn and mirror a picture [H, W, 3] as the display matrix of its film says"""
     side = frame.side_data.get("DISPLAYMATRIX")
     if side is None:
@@ -585,7 +589,7 @@ def decode_into(pack: Pack, source: Source, resized: Callable, stop: Event) -> N
         frames = frames_of_folder(source)
     else:
         frames = frames_of_array(source)
-    spool = SpooledTemporaryFile(SPOOL, dir=pack.folder)
+    spool = SpooledTemporaryFile(SPOOL, dir=pack.folder)  # noqa: SIM115 (closed below)
     try:
         for frame in frames:
             if stop.is_set():
@@ -647,7 +651,9 @@ def say_about_films(dataset: Path, films: dict[str, tuple[dict, float]]) -> None
             print(f"{dataset}: {what}: {found[0]}{more}")
 
 
-def read_rows(spool: Any, row_bytes: int, order: np.ndarray | None) -> Iterator[bytes]:
+def read_rows(
+    spool: SpooledTemporaryFile, row_bytes: int, order: np.ndarray | None
+) -> Iterator[bytes]:
     """The rows of a file, all of them or the ones in `order`, in chunks"""
     if order is not None:
         for row in order:

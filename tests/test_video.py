@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, make_film
 from PIL import Image
 
@@ -68,7 +69,7 @@ print([int(e.frames.sum()) for e in dataset.episodes])
 
 
 @pytest.mark.parametrize("size", [8, 4])  # of the videos themselves, and another
-def test_an_episode_holds_no_file_open(make_dataset, size):
+def test_episodes_hold_no_file_open(make_dataset, size):
     folder = make_dataset({f"e{i}": 3 for i in range(200)})
     done = subprocess.run(
         [sys.executable, "-c", OPEN_MANY, folder, str(size)],
@@ -93,20 +94,21 @@ def test_image_codes_hold_no_file_open(make_dataset, tmp_path, monkeypatch):
             return (images.mean((1, 2, 3)) * 100 + 200).long()[:, None].expand(-1, 4)
 
     dataset = data.open_dataset(make_dataset({f"e{i}": 3 for i in range(30)}), 8)
-    alone = type(
-        "Processes",
-        (),
-        dict(
-            rank=0, world=1, main=True, device=data.torch.device("cpu"), barrier=lambda self: None
-        ),
-    )()
-    data.add_codes(dataset, dataset.episodes, Tokenizer(), alone, most=20)
+
+    class OneProcess:
+        rank, world, main, device = 0, 1, True, torch.device("cpu")
+
+        def barrier(self):
+            pass
+
+    alone = OneProcess()
+    data.add_codes(dataset, dataset.episodes, Tokenizer(), alone, frames_in_memory=20)
     files = list((tmp_path / "cache").glob("codes_*/*"))
     assert sorted(f.suffix for f in files) == [".bin", ".jsonl"]
     again = data.open_dataset(dataset.path, 8)
     monkeypatch.setattr(Tokenizer, "encode", None)  # nothing is left to be made
     data.add_codes(again, again.episodes, Tokenizer(), alone)
-    for e, f in zip(dataset.episodes, again.episodes):
+    for e, f in zip(dataset.episodes, again.episodes, strict=True):
         mean = data.to_float(np.array(e.frames)).mean((1, 2, 3)) * 2 - 1
         assert np.array_equal(e.codes[:, 0], (mean * 100 + 200).long()) and e.codes.shape == (3, 4)
         assert np.array_equal(e.codes, f.codes) and e.codes.dtype == np.uint16
@@ -142,13 +144,13 @@ def test_two_processes_share_the_work_of_decoding(films, tmp_path):
 @pytest.mark.parametrize(
     "name, rate", [("cup 60 fps.mp4", 10), ("240 fps.mkv", 12), ("a.mp4", 1000)]
 )
-def test_the_rate_is_that_of_the_pictures(films, tmp_path, name, rate):
+def test_rate_is_that_of_the_pictures(films, tmp_path, name, rate):
     make_film(tmp_path / name, moving_dot(10), rate=rate)
     (e,) = data.open_dataset(films({"a": name}), 64).episodes
     assert e.fps == rate and len(e.frames) == 10
 
 
-def test_a_film_at_another_rate_than_its_own_is_said(films, tmp_path, capsys):
+def test_film_at_another_rate_than_its_own_is_reported(films, tmp_path, capsys):
     make_film(tmp_path / "a.mp4", moving_dot(10), rate=60)
     for fps, words in ((15, "'a' (15 frames per second, in its file 60)"), (60, ""), (59.94, "")):
         (e,) = data.open_dataset(films({"a": "a.mp4"}, fps=fps), 64).episodes
@@ -157,7 +159,7 @@ def test_a_film_at_another_rate_than_its_own_is_said(films, tmp_path, capsys):
         assert words in said if words else not said
 
 
-def test_a_film_of_uneven_times_is_resampled(films, tmp_path, capsys):
+def test_film_of_uneven_times_is_resampled(films, tmp_path, capsys):
     times = [0, 100, 200, 300, 400, 500, 1000, 1500]  # ms: 10 per second, then 2
     make_film(tmp_path / "a.mp4", moving_dot(8), times=times)
     (e,) = data.open_dataset(films({"a": "a.mp4"}), 64).episodes
@@ -171,7 +173,7 @@ def test_a_film_of_uneven_times_is_resampled(films, tmp_path, capsys):
     assert np.abs(np.array(dot_place(e.frames)) - [3.5, 13.5, 15.5, 17.5]).max() < 1
 
 
-def test_what_belongs_to_the_pictures_of_an_uneven_film_is_refused(films, tmp_path, capsys):
+def test_actions_and_frames_of_an_uneven_film_are_refused(films, tmp_path, capsys):
     make_film(tmp_path / "a.mp4", moving_dot(6), times=[0, 100, 200, 300, 800, 1300])
     np.save(tmp_path / "a.npy", np.zeros((5, 2), np.float32))
     said = refused(films({"a": "a.mp4"}, actions="a.npy", frames=6), capsys)
@@ -179,7 +181,7 @@ def test_what_belongs_to_the_pictures_of_an_uneven_film_is_refused(films, tmp_pa
 
 
 @pytest.mark.parametrize("jitter", [0, 10])  # ms, of 100
-def test_a_film_with_a_little_jitter_is_taken_as_it_is(films, tmp_path, jitter):
+def test_film_with_a_little_jitter_is_not_resampled(films, tmp_path, jitter):
     times = [100 * t + jitter * (t % 3 - 1) for t in range(1, 21)]
     make_film(tmp_path / "a.mp4", moving_dot(20), times=times)
     (e,) = data.open_dataset(films({"a": "a.mp4"}), 64).episodes
@@ -189,10 +191,10 @@ def test_a_film_with_a_little_jitter_is_taken_as_it_is(films, tmp_path, jitter):
 @pytest.mark.parametrize(
     "kind, codec, pixels", [("h264", "libx264", "yuv420p"), ("mjpeg", "mjpeg", "yuvj420p")]
 )
-def test_a_film_without_times_needs_fps(films, tmp_path, capsys, kind, codec, pixels):
+def test_film_without_times_needs_fps(films, tmp_path, capsys, kind, codec, pixels):
     make_film(tmp_path / f"a.{kind}", moving_dot(10), codec=codec, pixels=pixels)
     said = refused(films({"a": f"a.{kind}"}), capsys)
-    assert "field fps" in said and "the video does not say" in said
+    assert "field fps" in said and "the video file does not state it" in said
     (e,) = data.open_dataset(films({"a": f"a.{kind}"}, fps=7), 64).episodes
     assert e.fps == 7 and len(e.frames) == 10
 
@@ -205,7 +207,7 @@ def test_a_film_without_times_needs_fps(films, tmp_path, capsys, kind, codec, pi
         ([33 * t for t in range(30) if t != 10], 30.303, [*range(10), 9, *range(10, 29)]),
     ],
 )
-def test_the_clock_of_a_resampled_film(times, rate, shown):
+def test_resampled_film_shows_the_picture_on_the_screen(times, rate, shown):
     timing = video.Timing(pictures=[t / 1000 for t in times])
     order, facts = video.regular_frames(timing, None)
     assert order.tolist() == shown and facts["fps"] == rate
@@ -222,12 +224,12 @@ def test_times_that_run_backwards_or_would_fill_the_disk_are_refused():
         video.regular_frames(pause, 1e12)
 
 
-def test_actions_of_an_uneven_film_are_refused_even_if_they_are_as_many(films, tmp_path, capsys):
+def test_actions_of_an_uneven_film_are_refused_even_if_their_number_fits(films, tmp_path, capsys):
     times = [0, 100, 200, 300, 400, 500, 530, 560, 700, 850, 1000]
     make_film(tmp_path / "a.mp4", moving_dot(11), times=times)
     np.save(tmp_path / "a.npy", np.zeros((11, 2), np.float32))
     said = refused(films({"a": "a.mp4"}, actions="a.npy"), capsys)
-    assert "actions and captions belong to single pictures (its 11 pictures come" in said
+    assert "actions and captions belong to individual pictures (its 11 pictures come" in said
 
 
 # ---------------------------------------------------------------- which stream, which damage
@@ -242,14 +244,14 @@ def two_streams(path, first, second):
             stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], "yuv420p"
             stream.disposition = disposition
             streams.append(stream)
-        for stream, (frames, _) in zip(streams, (first, second)):
+        for stream, (frames, _) in zip(streams, (first, second), strict=True):
             for frame in frames:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
             container.mux(stream.encode(None))
 
 
 @pytest.mark.parametrize("flag", ["attached_pic", "timed_thumbnails", "none"])
-def test_the_film_is_the_stream_that_a_player_shows(films, tmp_path, flag):
+def test_film_is_the_stream_that_a_player_shows(films, tmp_path, flag):
     from av.stream import Disposition
 
     aside = Disposition(0) if flag == "none" else Disposition[flag]
@@ -264,10 +266,8 @@ def test_damaged_sound_does_not_matter(films, tmp_path):
 
     path = tmp_path / "a.mkv"
     with av.open(str(path), "w") as container:
-        stream, sound = (
-            container.add_stream("libx264", rate=10),
-            container.add_stream("mp3", rate=44100),
-        )
+        stream = container.add_stream("libx264", rate=10)
+        sound = container.add_stream("mp3", rate=44100)
         stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
         for frame in moving_dot(20):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
@@ -292,10 +292,10 @@ def test_damaged_sound_does_not_matter(films, tmp_path):
     "kind, damage",
     [
         *((kind, "cut") for kind in ("mp4", "mkv", "webm", "avi", "ts")),
-        *((kind, "flipped") for kind in ("mp4", "mkv", "avi", "ts")),
+        *((kind, "flipped") for kind in ("mp4", "mkv", "avi", "ts")),  # VP8 decodes any bits
     ],
-)  # VP8 decodes any bits
-def test_a_damaged_film_is_one_defect(films, tmp_path, capsys, kind, damage):
+)
+def test_damaged_film_is_one_defect(films, tmp_path, capsys, kind, damage):
     codec = "libvpx" if kind == "webm" else "libx264"
     noise = np.random.default_rng(0).integers(0, 255, (30, 96, 128, 3), np.uint8)
     path = tmp_path / f"a.{kind}"
@@ -329,7 +329,7 @@ def test_pictures_that_ffmpeg_would_skip_or_patch_up_are_defects(films, tmp_path
     assert "field video: 'a.mkv' cannot be read: " in refused(films({"a": "a.mkv"}), capsys)
 
 
-def test_a_second_track_of_an_unknown_codec_does_not_matter(films, tmp_path, capsys):
+def test_second_track_of_an_unknown_codec_does_not_matter(films, tmp_path, capsys):
     from av.stream import Disposition
 
     frames = moving_dot(6)
@@ -346,7 +346,7 @@ def test_a_second_track_of_an_unknown_codec_does_not_matter(films, tmp_path, cap
 @pytest.mark.parametrize(
     "name", ["12:30:05.mp4", "-x.mp4", "a%03d.mp4", "öffne 打开.mp4", "a'b&(c).mp4"]
 )
-def test_names_that_mean_something_to_ffmpeg(films, tmp_path, name):
+def test_file_names_with_a_meaning_for_ffmpeg(films, tmp_path, name):
     (tmp_path / "videos").mkdir()
     make_film(tmp_path / "videos" / name, moving_dot(5))
     (e,) = data.open_dataset(films({"a": f"videos/{name}"}), 64).episodes
@@ -354,7 +354,7 @@ def test_names_that_mean_something_to_ffmpeg(films, tmp_path, name):
 
 
 @pytest.mark.parametrize("turn", range(8))
-def test_a_film_is_turned_as_its_matrix_says(films, tmp_path, turn):
+def test_film_is_turned_by_its_display_matrix(films, tmp_path, turn):
     corners = np.zeros((48, 64, 3), np.uint8)
     corners[:24, :32], corners[:24, 32:], corners[24:, :32] = 60, 120, 180
     make_film(tmp_path / "a.mp4", [corners] * 3)
@@ -377,7 +377,7 @@ def test_a_film_is_turned_as_its_matrix_says(films, tmp_path, turn):
 # ---------------------------------------------------------------- pictures
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["jpg", "png"])
-def test_a_picture_is_turned_as_its_exif_orientation_says(tmp_path, orientation, kind):
+def test_picture_is_turned_by_its_exif_orientation(tmp_path, orientation, kind):
     upright = np.zeros((40, 60, 3), np.uint8)
     upright[:20, :30], upright[:20, 30:], upright[20:, :30] = 60, 120, 180
     stored = {
@@ -409,22 +409,20 @@ def test_predict_and_folders_read_pictures_alike(films, tmp_path, monkeypatch):
         Image.fromarray(RAMP).save(tmp_path / f"a/{i}.png", exif=tags)
     (e,) = data.open_dataset(films({"a": "a"}, fps=5), 32).episodes
     seen = []
-    policy = type(
-        "Policy",
-        (),
-        {
-            "kind": 0,
-            "edges": [1],
-            "__call__": lambda self, images, texts: seen.extend(images) or np.zeros((1, 2)),
-        },
-    )
-    monkeypatch.setattr(evaluate, "Policy", lambda *args: policy())
+
+    class Policy:
+        kind, edges = 0, [1]
+
+        def __call__(self, images, texts):
+            seen.extend(images)
+            return np.zeros((1, 2))
+
+    monkeypatch.setattr(evaluate, "Policy", lambda *args: Policy())
     evaluate.predict(
         evaluate.PredictConfig(policy="", image=str(tmp_path / "a/0.png"), instruction="x")
     )
-    assert np.array_equal(seen[0], e.frames[0]) and np.array_equal(
-        seen[0][..., 0], np.rot90(RAMP, -1)
-    )
+    assert np.array_equal(seen[0], e.frames[0])
+    assert np.array_equal(seen[0][..., 0], np.rot90(RAMP, -1))
 
 
 @pytest.mark.parametrize(
@@ -436,12 +434,12 @@ def test_predict_and_folders_read_pictures_alike(films, tmp_path, monkeypatch):
     ],
     ids=["8 bits", "16 bits", "with alpha"],
 )
-def test_grey_pictures_keep_their_shades(tmp_path, make):
+def test_gray_pictures_keep_their_shades(tmp_path, make):
     make().save(tmp_path / "a.png")
     assert np.array_equal(video.read_picture(tmp_path / "a.png"), RAMP[..., None].repeat(3, 2))
 
 
-def test_the_twins_in_archives_of_a_mac_are_no_pictures(films, tmp_path):
+def test_hidden_files_of_mac_archives_are_not_pictures(films, tmp_path):
     (tmp_path / "a").mkdir()
     for i in range(3):
         Image.new("RGB", (8, 8), (80 * i,) * 3).save(tmp_path / f"a/{i}.png")
@@ -450,7 +448,7 @@ def test_the_twins_in_archives_of_a_mac_are_no_pictures(films, tmp_path):
     assert e.frames[:, 0, 0, 0].tolist() == [0, 80, 160]
 
 
-def test_a_broken_picture_is_named(films, tmp_path, capsys):
+def test_broken_picture_is_named(films, tmp_path, capsys):
     (tmp_path / "a").mkdir()
     Image.new("RGB", (64, 64)).save(tmp_path / "a/0.jpg")
     (tmp_path / "a/1.jpg").write_bytes((tmp_path / "a/0.jpg").read_bytes()[:300])
@@ -458,7 +456,7 @@ def test_a_broken_picture_is_named(films, tmp_path, capsys):
 
 
 # ---------------------------------------------------------------- long videos, machine faults
-def test_a_long_video_is_decoded_in_bounded_memory(make_dataset, tmp_path, monkeypatch):
+def test_long_video_is_decoded_in_bounded_memory(make_dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(video, "SPOOL", 1 << 16)  # so that this one is long
     folder = make_dataset({"a": 500}, size=16)
     most = []
@@ -475,9 +473,7 @@ def test_a_long_video_is_decoded_in_bounded_memory(make_dataset, tmp_path, monke
 @pytest.mark.parametrize(
     "number, words", [(errno.ENOSPC, "No space left"), (errno.EROFS, "Read-only")]
 )
-def test_a_cache_that_cannot_be_written_is_one_line(
-    make_dataset, tmp_path, monkeypatch, capsys, number, words
-):
+def test_unwritable_cache_is_one_line(make_dataset, tmp_path, monkeypatch, capsys, number, words):
     def broken(file, block):
         raise OSError(number, os.strerror(number))
 
@@ -496,7 +492,7 @@ def test_too_many_open_files_is_one_line(make_dataset, monkeypatch, capsys):
     assert "Too many open files" in said and said.count("\n") == 1
 
 
-def test_a_missing_library_is_one_line(films, tmp_path, monkeypatch, capsys):
+def test_missing_library_is_one_line(films, tmp_path, monkeypatch, capsys):
     for i in range(3):
         make_film(tmp_path / f"{i}.mp4", moving_dot(3))
     monkeypatch.setitem(sys.modules, "av", None)
@@ -504,7 +500,7 @@ def test_a_missing_library_is_one_line(films, tmp_path, monkeypatch, capsys):
     assert "pip install av" in said and said.count("\n") == 1
 
 
-def test_what_was_decoded_before_a_fault_stays(make_dataset, monkeypatch, capsys):
+def test_videos_decoded_before_a_fault_are_kept(make_dataset, monkeypatch, capsys):
     folder, write = make_dataset({f"e{i}": 5 for i in range(6)}), video.write_all
     written = []
 
