@@ -21,21 +21,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mode
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 import video
 from common import atomically, fail, is_main_process, latest, matching, refuse, to_json
 from video import how_resampled, official_resize, resize
-
-if TYPE_CHECKING:
-    from training import Processes
 
 Batch = TypeVar("Batch")
 
@@ -52,7 +48,7 @@ class Episode:
     frames: np.ndarray | None = None  # uint8 [T, S, S, 3], memory-mapped
     actions: np.ndarray | None = None  # float32 [T-1 or T, A]
     key: str = ""  # of its frames in the packed cache
-    codes: np.ndarray | None = None  # uint16 [T, N] of a VQGAN, memory-mapped, see add_codes
+    codes: np.ndarray | None = None  # uint16 [T, N] of a VQGAN, memory-mapped
 
 
 @dataclass
@@ -341,60 +337,6 @@ def open_vqgan(path: str, option: str, device: torch.device, shape: dict) -> Ima
     return load_vqgan(path, option, device, shape)
 
 
-def add_codes(
-    dataset: Dataset,
-    episodes: Sequence[Episode],
-    vqgan: ImageTokenizer,
-    processes: "Processes",
-    frames_in_memory: int = 1 << 16,
-) -> None:
-    """Give episodes of a dataset the codes of their frames, uint16 [T, N] memory-mapped.
-
-    Codes are made once, a share by each process, and kept in a packed cache under the VQGAN's hash.
-    frames_in_memory: when more frames than that are encoded, their codes are written"""
-    size = vqgan.config.image_size
-    side = size // 2 ** (len(vqgan.config.multipliers) - 1)  # codes in a row of the image
-    try:
-        path = video.cache_file(f"codes_{vqgan.mark}_{size}", dataset.path)
-        pack = video.Pack(path, (side * side,), "uint16")
-        missing = {e.key: e for e in episodes if e.key not in pack.entries}
-        local = list(missing.values())[processes.rank :: processes.world]
-        waiting: dict[str, np.ndarray] = {}
-        for episode in tqdm(
-            local, "image codes", mininterval=1.0, leave=False, disable=not processes.main
-        ):
-            waiting[episode.key] = encode_frames(vqgan, episode.frames, processes.device)
-            if sum(map(len, waiting.values())) > frames_in_memory:
-                write_codes(pack, waiting)
-                waiting = {}
-        write_codes(pack, waiting)
-        processes.barrier()
-        pack.read_index()
-        for episode in episodes:
-            episode.codes = pack.rows(episode.key)
-    except video.MachineFault as fault:
-        fail(str(fault))
-
-
-def encode_frames(vqgan: ImageTokenizer, frames: np.ndarray, device: torch.device) -> np.ndarray:
-    """frames uint8 [T, S, S, 3] -> codes uint16 [T, N], 16 frames at a time"""
-    parts = []
-    for start in range(0, len(frames), 16):
-        images = to_float(np.array(frames[start : start + 16]), device) * 2 - 1  # 16, 3, S, S
-        parts.append(vqgan.encode(images))
-    return torch.cat(parts).cpu().numpy().astype(np.uint16)
-
-
-def write_codes(pack: video.Pack, waiting: dict[str, np.ndarray]) -> None:
-    """Append arrays {key: codes} that no other process has written in the meantime"""
-    if not waiting:
-        return
-    with pack.writing():
-        for key, codes in waiting.items():
-            if key not in pack.entries:
-                pack.append(key, [codes.tobytes()])
-
-
 # ------------------------------------------------------------------------ windows and batches
 def window_frames(seconds: float, fps: float) -> int:
     """A window in seconds -> H in whole frames of an episode, at least 1 (0.6 s at 5 fps: 3)"""
@@ -428,7 +370,7 @@ def draw(seed: int, step: int, count: int, lengths: Sequence[int]) -> list[tuple
 
 
 class FrameSampler:
-    """The frames of each step's batch, a pure function of the seed and the step: see `draw`.
+    """The frames of each step's batch, a pure function of the seed and the step: see draw.
 
     episodes: where they come from; frame_counts: of each, how many frames have an answer;
     local_rows: the part of the global batch that this process reads"""

@@ -245,7 +245,9 @@ def train(c: FinetuneConfig, given: set[str]) -> None:
     optimizer = make_optimizer(model, c, fresh)
     run.resume(model, optimizer)
     if vqgan and not c.shift:  # shifted pictures are tokenized as they come, others once
-        data.add_codes(dataset, labelled, vqgan, processes)
+        from official.image_codes import add_codes
+
+        add_codes(dataset, labelled, vqgan, processes)
     processes.say(
         len(labelled), "labelled episodes,", sum(frame_counts), "actions,", processes.device
     )
@@ -285,7 +287,7 @@ def open_run(
     pretrained: dict,
     edges: list[np.ndarray],
     tokenizer: Tokenizer,
-    vqgan: nn.Module | None,
+    vqgan: data.ImageTokenizer | None,
 ) -> training.Run:
     """The run folder, with what a resumed run has to agree on and what a policy needs.
 

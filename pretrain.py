@@ -347,7 +347,7 @@ def train(c: PretrainConfig, given: set[str]) -> None:
 
 def open_data(
     c: PretrainConfig, shift: float, processes: training.Processes
-) -> tuple[data.Dataset, list[data.Episode], list[data.Episode], torch.nn.Module | None]:
+) -> tuple[data.Dataset, list[data.Episode], list[data.Episode], data.ImageTokenizer | None]:
     """-> dataset, training and held-out episodes, and the image tokenizer (None for a model that
     reads linear patches)"""
     vqgan = data.open_vqgan(c.vqgan or c.init_from, "vqgan", processes.device, c.__dict__)
@@ -356,8 +356,10 @@ def open_data(
     dataset = data.open_dataset(c.data, c.image_size, c.where, actions_needed, official)
     train_set, held_out = dataset.split(c.held_out)
     if vqgan:  # shifted pictures are tokenized as they come, others once
+        from official.image_codes import add_codes
+
         once = held_out if shift else train_set + held_out
-        data.add_codes(dataset, once, vqgan, processes)
+        add_codes(dataset, once, vqgan, processes)
     return dataset, train_set, held_out, vqgan
 
 
@@ -375,7 +377,7 @@ def open_run(
     dataset: data.Dataset,
     answers: Answers,
     tokenizer: Tokenizer,
-    vqgan: torch.nn.Module | None,
+    vqgan: data.ImageTokenizer | None,
 ) -> training.Run:
     """The run folder, with what a resumed run has to agree on and what later stages need"""
     identity = {

@@ -6,7 +6,7 @@ predicts those in place of latent actions (paper section 4, baseline VPT).
 
     python -m baselines.inverse_dynamics --data data/human --labelled_data data/tabletop \\
         --labelled_where combination=seen --preset tiny --out runs/vpt/actions.safetensors
-    python pretrain.py --labels idm --labels_file runs/vpt/actions.safetensors --data data/human .."""
+    python pretrain.py --labels idm --labels_file runs/vpt/actions.safetensors --data data/human"""
 
 import sys
 from dataclasses import dataclass, fields, replace

@@ -173,6 +173,7 @@ def test_an_expert_that_does_not_exist_is_refused(inside, refused, add_simulator
 def test_without_the_folder_of_simulators_only_evaluation_fails(tmp_path, left):
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
+    shutil.copytree(ROOT / "model", tmp_path / "model")
     if left == "empty folder":
         (tmp_path / "simulators/__pycache__").mkdir(parents=True)
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 import data
 import video
+from official.image_codes import add_codes
 
 RAMP = np.tile(np.arange(0, 256, 8, dtype=np.uint8)[:, None], (1, 32))  # [32, 32]
 
@@ -102,12 +103,12 @@ def test_image_codes_hold_no_file_open(make_dataset, tmp_path, monkeypatch):
             pass
 
     alone = OneProcess()
-    data.add_codes(dataset, dataset.episodes, Tokenizer(), alone, frames_in_memory=20)
+    add_codes(dataset, dataset.episodes, Tokenizer(), alone, frames_in_memory=20)
     files = list((tmp_path / "cache").glob("codes_*/*"))
     assert sorted(f.suffix for f in files) == [".bin", ".jsonl"]
     again = data.open_dataset(dataset.path, 8)
     monkeypatch.setattr(Tokenizer, "encode", None)  # nothing is left to be made
-    data.add_codes(again, again.episodes, Tokenizer(), alone)
+    add_codes(again, again.episodes, Tokenizer(), alone)
     for e, f in zip(dataset.episodes, again.episodes, strict=True):
         mean = data.to_float(np.array(e.frames)).mean((1, 2, 3)) * 2 - 1
         assert np.array_equal(e.codes[:, 0], (mean * 100 + 200).long()) and e.codes.shape == (3, 4)
