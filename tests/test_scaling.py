@@ -216,7 +216,7 @@ def test_signals_end_a_run_behind_its_step(trained, tmp_path, kind):
     assert launched.returncode == 128 + kind and "stopped by a signal after step" in said
     assert "Traceback" not in said
     step = json.loads((common.latest(tmp_path / "out") / "config.json").read_text())["step"]
-    assert f"behind step {step};" in said and len(losses(tmp_path / "out")) == step
+    assert f"after step {step};" in said and len(losses(tmp_path / "out")) == step
 
 
 def test_a_loss_that_is_not_finite_names_the_episodes(trained, tmp_path):
