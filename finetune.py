@@ -218,9 +218,8 @@ def make_optimizer(model: VLA, c: FinetuneConfig, fresh: list[str]) -> Optimizer
 
 # ------------------------------------------------------------------------ training
 def train(c: FinetuneConfig, given: set[str]) -> None:
-    processes = training.start_processes()
-    common.refuse_busy(c.out)
-    local_rows = processes.local_rows(c.batch, c.accumulate)
+    processes = training.start_processes(c)
+    local_rows = processes.local_rows
     weights, meta = common.load_checkpoint(c.init_from, "init_from", ("pretrain",))
     tokenizer = sequences.read_tokenizer(c.init_from)
     vqgan = data.open_vqgan(c.init_from, "init_from", processes.device, meta["model"])
@@ -256,16 +255,16 @@ def train(c: FinetuneConfig, given: set[str]) -> None:
     for step, batch in run.steps(data.stream(load_rows, run.start, c.steps), "rows"):
         batch = sequences.augment(batch, c.shift, vqgan, c.batch, local_rows)
         losses, accuracies = [], []
-        for part in training.micro_batches(model, batch, c.accumulate):
-            with processes.autocast(c.bf16):
+        for part in processes.micro_batches(model, batch):
+            with processes.autocast():
                 loss, accuracy = loss_of(model, part, soft)
             if not math.isfinite(loss.item()):
                 run.refuse_loss(loss, step, sample_frames.episode_ids(step))
             (loss / c.accumulate).backward()
             losses.append(loss.detach())
             accuracies.append(accuracy)
-        training.set_learning_rate(optimizer, step, c.steps, c.warmup, c.final_lr)
-        grad_norm = training.clip_gradients(optimizer, c.clip, processes)
+        training.set_learning_rate(optimizer, c, step)
+        grad_norm = processes.clip_gradients(optimizer)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if run.log_due(step):

@@ -288,10 +288,9 @@ def build_model(
 # ------------------------------------------------------------------------ training
 def train(c: PretrainConfig, given: set[str]) -> None:
     settle_options(c, given)
-    processes = training.start_processes()
-    common.refuse_busy(c.out)
+    processes = training.start_processes(c)
     kind = KINDS[c.labels]
-    local_rows = processes.local_rows(c.batch, c.accumulate)
+    local_rows = processes.local_rows
     shift = 0.0 if kind == TEXT else c.shift  # captions say where things are
     dataset, train_set, held_out, vqgan = open_data(c, shift, processes)
     answers = read_answers(c, dataset, train_set, held_out)
@@ -319,16 +318,16 @@ def train(c: PretrainConfig, given: set[str]) -> None:
     for step, batch in run.steps(data.stream(load_rows, run.start, c.steps), "rows"):
         batch = sequences.augment(batch, shift, vqgan, c.batch, local_rows)
         losses, accuracies = [], []
-        for part in training.micro_batches(model, batch, c.accumulate):
-            with processes.autocast(c.bf16):
+        for part in processes.micro_batches(model, batch):
+            with processes.autocast():
                 loss, accuracy = loss_of(model, part, kind, soft, c.official_text_mask)
             if not math.isfinite(loss.item()):
                 run.refuse_loss(loss, step, sample_frames.episode_ids(step))
             (loss / c.accumulate).backward()
             losses.append(loss.detach())
             accuracies.append(accuracy)
-        training.set_learning_rate(optimizer, step, c.steps, c.warmup, c.final_lr)
-        grad_norm = training.clip_gradients(optimizer, c.clip, processes)
+        training.set_learning_rate(optimizer, c, step)
+        grad_norm = processes.clip_gradients(optimizer)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if run.log_due(step):
@@ -410,7 +409,7 @@ def validate(
     kind = KINDS[c.labels]
     frames = data.draw(0, 0, 256, [len(answer) for answer in answers])
     losses, accuracies = [], []
-    with processes.autocast(c.bf16):
+    with processes.autocast():
         for at in range(0, len(frames), c.batch):
             some = frames[at : at + c.batch]
             batch = rows.batch(episodes, answers, kind, some, processes.device)

@@ -103,10 +103,9 @@ PRESETS = {
 
 # ------------------------------------------------------------------------ training
 def train(c: QuantizeConfig) -> None:
-    processes = training.start_processes()
-    common.refuse_busy(c.out)
+    processes = training.start_processes(c)
     model = build_model(c)
-    local_rows = processes.local_rows(c.batch, c.accumulate)
+    local_rows = processes.local_rows
     dataset = data.open_dataset(c.data, c.image_size, c.where)
     train_set, held_out = dataset.split(c.held_out)
     frame_counts = [len(episode.frames) for episode in train_set]
@@ -132,15 +131,15 @@ def train(c: QuantizeConfig) -> None:
         noise = torch.randn(c.batch, c.code_len, c.quant_dim)[local_rows].to(pair.device)
         batch = {"pair": pair, "seen": seen, "noise": noise}
         results = []
-        for part in training.micro_batches(model, batch, c.accumulate):
-            with processes.autocast(c.bf16):
+        for part in processes.micro_batches(model, batch):
+            with processes.autocast():
                 loss, d, indices = model(**part)
             if not math.isfinite(loss.item()):
                 run.refuse_loss(loss, step, sample_frames.episode_ids(step))
             (loss / c.accumulate).backward()
             results.append((loss.detach(), d.detach(), indices))
-        training.set_learning_rate(optimizer, step, c.steps, c.warmup, c.final_lr)
-        grad_norm = training.clip_gradients(optimizer, c.clip, processes)
+        training.set_learning_rate(optimizer, c, step)
+        grad_norm = processes.clip_gradients(optimizer)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses, d, indices = zip(*results, strict=True)
@@ -244,7 +243,7 @@ def label_and_report(
     """The end of a run: label the dataset, write the report card -> its numbers, files written"""
     model, _ = load_laq(run.out, "out")
     train_set, held_out = dataset.split(c.held_out)
-    with run.processes.autocast(c.bf16):
+    with run.processes.autocast():
         labels = run.out / "labels.safetensors"
         files = [write_labels(model, run.last_checkpoint, dataset, c.window, labels)]
         if not held_out:

@@ -3,15 +3,18 @@ and the run folder with its log, its checkpoints and the way back into a run.
 
 A stage's loop stands in the stage's own file.  It calls, in this order:
 
-    processes = start_processes()          # one, or those of torchrun
-    run = Run(...)                         # the folder --out; refuses another run's
-    place(model, ...)                      # on the device, sharded over the processes
-    run.resume(model, optimizer)           # from the newest checkpoint in --out, if there is one
-    for step, batch in run.steps(...):     # progress bar; SIGTERM and Ctrl-C end it after a step
-        for part in micro_batches(...):    # forward and backward passes
-            ...
-        set_learning_rate, clip_gradients, optimizer.step()
-        run.log(...), run.save(...)
+    processes = start_processes(options)     # one, or those of torchrun
+    place(model, ...)                        # on the device, sharded over the processes
+    run = Run(...)                           # the folder --out; refuses another run's
+    run.resume(model, optimizer)             # from the newest checkpoint in --out, if there is one
+    for step, batch in run.steps(...):       # progress bar; a signal ends it after a step
+        for part in processes.micro_batches(model, batch):
+            ...                              # forward and backward pass
+        set_learning_rate(optimizer, ...)
+        processes.clip_gradients(optimizer)
+        optimizer.step()
+        run.log(...)                         # where run.log_due(step)
+        run.save(...)                        # where run.save_due(step)
     run.finish()"""
 
 import contextlib
@@ -51,6 +54,7 @@ from common import (
     open_checkpoint,
     option,
     refuse,
+    refuse_busy,
     to_json,
     write_atomically,
     write_checkpoint,
@@ -59,6 +63,9 @@ from model import full_tensor
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process needs none
 warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # our blocks write into no view
+
+
+Batch = dict[str, Tensor | None]
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -101,13 +108,18 @@ PATH_OPTIONS = {"laq", "labels_file", "init_from", "vqgan"}
 # ------------------------------------------------------------------------ processes
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """This process among its peers, which torchrun started, or alone.
+    """This process among its peers, which torchrun started, or alone; and how a step is computed.
 
-    rank: its number; world: how many there are; device: where its tensors live"""
+    rank: its number; world: how many there are; device: where its tensors live; local_rows: its
+    rows of a global batch; accumulate, bf16, clip: see TrainConfig"""
 
-    rank: int
-    world: int
-    device: torch.device
+    rank: int = 0
+    world: int = 1
+    device: torch.device = torch.device("cpu")
+    local_rows: slice = dataclasses.field(default_factory=lambda: slice(None))
+    accumulate: int = 1
+    bf16: bool = False
+    clip: float = 1.0
 
     @property
     def main(self) -> bool:
@@ -122,12 +134,6 @@ class Processes:
         if self.world > 1:
             dist.barrier()
 
-    def local_rows(self, batch: int, accumulate: int) -> slice:
-        """This process's rows of a global batch; refuses a --batch that does not divide"""
-        if batch % (self.world * accumulate):
-            fail(f"--batch {batch}: not a multiple of {self.world} processes x --accumulate")
-        return slice(self.rank * batch // self.world, (self.rank + 1) * batch // self.world)
-
     def gather(self, tensor: Tensor) -> Tensor:
         """Every process's rows of a batch -> all rows, on every process"""
         if self.world == 1:
@@ -141,8 +147,41 @@ class Processes:
         row = torch.tensor([list(values.values())], dtype=torch.float64, device=self.device)
         return dict(zip(values, self.gather(row).mean(0).tolist(), strict=True))
 
-    def autocast(self, bf16: bool) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
+    def autocast(self) -> torch.autocast:
+        """bfloat16 arithmetic inside it, with --bf16"""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def micro_batches(self, model: nn.Module, batch: Batch) -> Iterator[Batch]:
+        """Cut a step's batch into --accumulate parts.  Several processes exchange gradients with
+        the last part only."""
+        for i in range(self.accumulate):
+            if self.world > 1:
+                model.set_requires_gradient_sync(i + 1 == self.accumulate)
+            yield {
+                name: None if tensor is None else tensor.chunk(self.accumulate)[i]
+                for name, tensor in batch.items()
+            }
+
+    def clip_gradients(self, optimizer: Optimizer) -> float:
+        """Scale all gradients so that their norm is at most --clip -> the norm before.
+
+        Gradients that FSDP has not averaged over the processes (of unsharded parameters) are
+        averaged here; the norm is that of the whole model, not of this process's shards."""
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        params = [p for p in params if p.grad is not None]
+        shards = [p.grad.to_local() for p in params if isinstance(p.grad, DTensor)]
+        gradients = [p.grad for p in params if not isinstance(p.grad, DTensor)]
+        if self.world > 1:
+            for gradient in gradients:
+                dist.all_reduce(gradient)
+                gradient /= self.world
+        norm = nn.utils.get_total_norm(gradients)
+        if shards:
+            square = nn.utils.get_total_norm(shards) ** 2
+            dist.all_reduce(square)
+            norm = torch.hypot(norm, square.sqrt())
+        torch._foreach_mul_(gradients + shards, (self.clip / (norm + 1e-6)).clamp(max=1))
+        return float(norm)
 
     def close(self) -> None:
         """Leave the peers"""
@@ -168,14 +207,28 @@ def set_up_device() -> torch.device:
     return torch.device("cpu")
 
 
-def start_processes() -> Processes:
-    """Join the other processes of torchrun (NCCL on GPUs, else gloo), or be the only one"""
+def start_processes(config: TrainConfig | None = None) -> Processes:
+    """Join the other processes of torchrun (NCCL on GPUs, else gloo), or be the only one.
+
+    Refuses a --batch that the processes cannot share, and a run folder that is in use."""
+    rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = set_up_device()
     if world > 1 and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=10))
-    return Processes(int(os.environ.get("RANK", 0)), world, device)
+    if config is None:
+        return Processes(rank, world, device)
+    refuse_busy(config.out)
+    local_rows = share_of_batch(config.batch, rank, world, config.accumulate)
+    return Processes(rank, world, device, local_rows, config.accumulate, config.bf16, config.clip)
+
+
+def share_of_batch(batch: int, rank: int, world: int, accumulate: int) -> slice:
+    """The rows of a global batch that one of `world` processes computes, in equal parts"""
+    if batch % (world * accumulate):
+        fail(f"--batch {batch}: not a multiple of {world} processes x --accumulate {accumulate}")
+    return slice(rank * batch // world, (rank + 1) * batch // world)
 
 
 # ------------------------------------------------------------------------ the model's place
@@ -238,21 +291,6 @@ def check_compiler(device: torch.device, wanted_by: str) -> None:
 
 
 # ------------------------------------------------------------------------ one optimization step
-Batch = dict[str, Tensor | None]
-
-
-def micro_batches(model: nn.Module, batch: Batch, count: int) -> Iterator[Batch]:
-    """Cut a step's batch into `count` parts (--accumulate).  Several processes exchange gradients
-    with the last part only."""
-    for i in range(count):
-        if hasattr(model, "set_requires_gradient_sync"):  # a sharded model
-            model.set_requires_gradient_sync(i + 1 == count)
-        yield {
-            name: None if tensor is None else tensor.chunk(count)[i]
-            for name, tensor in batch.items()
-        }
-
-
 def make_optimizer(
     groups: list[dict], kind: type[Optimizer] = torch.optim.AdamW, **settings: object
 ) -> Optimizer:
@@ -265,12 +303,11 @@ def make_optimizer(
     return kind(learning, fused=True, **settings)
 
 
-def set_learning_rate(
-    optimizer: Optimizer, step: int, steps: int, warmup: int, floor: float
-) -> None:
-    """Every group's rate at a step: linear warm-up to its peak, a cosine down to `floor` of it"""
+def set_learning_rate(optimizer: Optimizer, config: TrainConfig, step: int) -> None:
+    """Every group's rate at this step: --warmup to its peak, then a cosine to --final_lr of it"""
+    factor = warmup_cosine(step, config.steps, config.warmup, config.final_lr)
     for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * warmup_cosine(step, steps, warmup, floor)
+        group["lr"] = group["peak"] * factor
 
 
 def warmup_cosine(step: int, steps: int, warmup: int, floor: float) -> float:
@@ -279,27 +316,6 @@ def warmup_cosine(step: int, steps: int, warmup: int, floor: float) -> float:
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def clip_gradients(optimizer: Optimizer, largest: float, processes: Processes) -> float:
-    """Scale all gradients so that their norm is at most `largest` -> the norm before.
-
-    Gradients that FSDP has not averaged over the processes (of unsharded parameters) are averaged
-    here; the norm is that of the whole model, not of this process's shards."""
-    params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    shards = [p.grad.to_local() for p in params if isinstance(p.grad, DTensor)]
-    gradients = [p.grad for p in params if not isinstance(p.grad, DTensor)]
-    if processes.world > 1:
-        for gradient in gradients:
-            dist.all_reduce(gradient)
-            gradient /= processes.world
-    norm = nn.utils.get_total_norm(gradients)
-    if shards:
-        square = nn.utils.get_total_norm(shards) ** 2
-        dist.all_reduce(square)
-        norm = torch.hypot(norm, square.sqrt())
-    torch._foreach_mul_(gradients + shards, (largest / (norm + 1e-6)).clamp(max=1))
-    return float(norm)
 
 
 def seed_step(seed: int, step: int) -> None:

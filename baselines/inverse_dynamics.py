@@ -26,10 +26,6 @@ from model import LAQ, LAQConfig
 
 NEXT = 0.0  # a window of 0 s reaches to the next frame
 BATCH = 64  # pairs per step
-RATE = 1e-3  # AdamW's peak
-WARMUP = 20  # steps
-FINAL_RATE = 0.05  # fraction of the peak
-CLIP = 1.0  # largest gradient norm
 SHIFT = 0.25  # random shift of both frames: same motion, same action
 
 
@@ -45,7 +41,10 @@ class InverseDynamicsConfig:
     labelled: int = option(100, "labelled episodes to learn from, drawn by --seed")
     labelled_data: str = option("", "where they are; empty: --data")
     labelled_where: str = option("", "and which, e.g. combination=seen")
-    steps: int = option(400, f"steps of {BATCH} pairs")
+    steps: int = option(400, f"optimization steps, of {BATCH} pairs each")
+    lr: float = option(1e-3, "peak learning rate (AdamW)")
+    warmup: int = option(20, "steps of linear warm-up")
+    final_lr: float = option(0.05, "cosine down to this fraction of lr")
     image_size: int = option(256, "pixels, as in pretraining, which shares the frame cache")
     official_resize: bool = option(False, "resize pictures as a model that reads codes needs them")
     bins: int = option(256, "as in pretraining")
@@ -95,7 +94,7 @@ def train(
     torch.manual_seed(c.seed)
     actions = np.concatenate([episode.actions for episode in labelled])
     model = InverseDynamics(encoder_shape(c.preset, c.image_size), actions).to(processes.device)
-    optimizer = training.make_optimizer([{"params": model.parameters(), "lr": RATE}])
+    optimizer = training.make_optimizer([{"params": model.parameters(), "lr": c.lr}])
     lengths = [min(len(episode.actions), len(episode.frames) - 1) for episode in labelled]
     for step in tqdm(range(c.steps), desc="inverse dynamics", mininterval=1.0, leave=False):
         training.seed_step(c.seed, step)
@@ -106,8 +105,8 @@ def train(
         wanted = (wanted.to(pairs.device) - model.mean) / model.spread
         loss = ((model.standardized(pairs) - wanted) ** 2).mean()
         loss.backward()
-        training.set_learning_rate(optimizer, step, c.steps, WARMUP, FINAL_RATE)
-        training.clip_gradients(optimizer, CLIP, processes)
+        training.set_learning_rate(optimizer, c, step)
+        processes.clip_gradients(optimizer)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return model.eval()

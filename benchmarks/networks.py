@@ -70,8 +70,8 @@ def train_laq(model: LAQ, optimizer: Optimizer, c: quantize.QuantizeConfig, pair
     shift = quantize.shift_at(1, c.shift, c.shift_from, c.shift_until)
     seen = data.random_shift(pairs, shift) if shift else None
     batch = {"pair": pairs, "seen": seen, "noise": noise}
-    for part in training.micro_batches(model, batch, c.accumulate):
-        with processes().autocast(c.bf16):
+    for part in processes().micro_batches(model, batch):
+        with torch.autocast(processes().device.type, torch.bfloat16, enabled=c.bf16):
             loss, d, indices = model(**part)
         loss.item()  # the loop looks whether it is finite
         (loss / c.accumulate).backward()
@@ -83,8 +83,8 @@ def train_vla(
     model: VLA, optimizer: Optimizer, c: finetune.FinetuneConfig, rows: dict[str, Tensor | None]
 ) -> None:
     """The body of the loop in finetune.py"""
-    for part in training.micro_batches(model, rows, c.accumulate):
-        with processes().autocast(c.bf16):
+    for part in processes().micro_batches(model, rows):
+        with torch.autocast(processes().device.type, torch.bfloat16, enabled=c.bf16):
             loss, _ = finetune.loss_of(model, part, 0.0)
         loss.item()  # the loop looks whether it is finite
         (loss / c.accumulate).backward()
@@ -93,8 +93,8 @@ def train_vla(
 
 def update(optimizer: Optimizer, c: quantize.QuantizeConfig | finetune.FinetuneConfig) -> None:
     """What both loops do after the backward pass"""
-    training.set_learning_rate(optimizer, 1, c.steps, c.warmup, c.final_lr)
-    training.clip_gradients(optimizer, c.clip, processes())
+    training.set_learning_rate(optimizer, c, 1)
+    processes().clip_gradients(optimizer)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 

@@ -185,7 +185,7 @@ def test_three_official_training_steps(folder: str, loss_of: Callable[..., Tenso
             found = official_gradient_norms(net, net.config.layers)
             for name, norm in info["grad_l2"].items():
                 assert found[name] == pytest.approx(norm, rel=1e-3, abs=1e-7), name
-        norm = training.clip_gradients(optimizer, 1.0, training.start_processes())
+        norm = training.Processes().clip_gradients(optimizer)
         optimizer.step()
         optimizer.zero_grad()
         assert norm == pytest.approx(golden["gradient_norm"], rel=1e-4)

@@ -48,8 +48,8 @@ def test_a_collapsed_codebook_heals(first, official_rule):
         training.seed_step(c.seed, step)
         loss, d, indices = net(data.to_float(pair))
         loss.backward()
-        training.set_learning_rate(optimizer, step, c.steps, c.warmup, c.final_lr)
-        training.clip_gradients(optimizer, c.clip, processes)
+        training.set_learning_rate(optimizer, c, step)
+        processes.clip_gradients(optimizer)
         optimizer.step()
         optimizer.zero_grad()
         codes = quantize.update_codebook(net, d.detach(), indices, c, step, processes)
@@ -88,10 +88,9 @@ def test_two_processes_train_one_checkpoint(start, make_dataset, tmp_path):
     assert done.returncode == 0, done.stderr
     assert [p.name for p in out.glob("step_*")] == ["step_00000004"]
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 4
-    processes = training.Processes(rank=1, world=2, device=torch.device("cpu"))
-    assert processes.local_rows(batch=8, accumulate=1) == slice(4, 8)
+    assert training.share_of_batch(8, rank=1, world=2, accumulate=1) == slice(4, 8)
     with pytest.raises(SystemExit):
-        processes.local_rows(batch=8, accumulate=3)
+        training.share_of_batch(8, rank=1, world=2, accumulate=3)
 
 
 def test_our_own_runs_of_older_code_keep_their_relu(tmp_path):

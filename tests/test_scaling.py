@@ -84,7 +84,7 @@ def train_rank(rank, folder, port):
     c = quantize.QuantizeConfig(
         data="", out="", **{**quantize.PRESETS["tiny"], "batch": 8, "steps": 20, "warmup": 0}
     )
-    processes = training.start_processes()
+    processes = training.start_processes(c)
     torch.manual_seed(0)
     net = LAQ(LAQConfig(**{name: getattr(c, name) for name in LAQConfig.__dataclass_fields__}))
     net.quantizer.codebook.data.fill_(30)
@@ -93,9 +93,9 @@ def train_rank(rank, folder, port):
     pairs = torch.from_numpy(np.random.default_rng(0).random((8, 2, 3, 32, 32), np.float32))
     for step in range(20):
         training.seed_step(c.seed, step)
-        loss, d, indices = net(pairs[processes.local_rows(c.batch, c.accumulate)])
+        loss, d, indices = net(pairs[processes.local_rows])
         loss.backward()
-        training.clip_gradients(optimizer, c.clip, processes)
+        processes.clip_gradients(optimizer)
         optimizer.step()
         optimizer.zero_grad()
         quantize.update_codebook(net, d.detach(), indices, c, step, processes)
@@ -168,7 +168,7 @@ for trial in range(20):
         for step, _ in run.steps(iter(int, 1), "x"):
             net.weight.data.fill_(step + 1)
             (net(torch.ones(2)).sum() * 0).backward()
-            training.clip_gradients(optimizer, 1.0, run.processes)
+            run.processes.clip_gradients(optimizer)
             optimizer.step()
             optimizer.zero_grad()
             net.weight.data.fill_(step + 1)
