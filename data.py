@@ -98,18 +98,18 @@ def open_dataset(
     size: int,
     where: str = "",
     actions_needed: bool = False,
-    official: bool = False,
+    for_vqgan: bool = False,
 ) -> Dataset:
     """Validate a dataset and open it at size x size pixels; exits with every defect listed.
 
     Only the episodes that match `where` ("embodiment=robot,task=push") are decoded and returned.
-    official: resize frames as LWM's VQGAN expects, not as the LAQ does"""
+    for_vqgan: resize frames as LWM's VQGAN expects, not as the LAQ does"""
     path = Path(path)
     index = path / "episodes.jsonl"
     rows, problems = read_index(index)
     rows = matching(rows, where, index, problems)
-    folder = f"frames_{size}_official" if official else f"frames_{size}"
-    resized = official_resize if official else resize
+    folder = f"frames_{size}_official" if for_vqgan else f"frames_{size}"
+    resized = official_resize if for_vqgan else resize
     try:
         pack = video.Pack(video.cache_file(folder, path), (size, size, 3), "uint8")
         episodes, defects = load_episodes(path, rows, pack, resized, actions_needed)
@@ -389,13 +389,13 @@ class FrameSampler:
         self.global_batch = global_batch
         self.local_rows = local_rows
 
-    def __call__(self, step: int) -> list[tuple[int, int]]:
+    def frames(self, step: int) -> list[tuple[int, int]]:
         """-> (episode index, frame) of each row that this process reads"""
         return draw(self.seed, step, self.global_batch, self.frame_counts)[self.local_rows]
 
     def episode_ids(self, step: int) -> list[str]:
         """The names of the episodes of these rows"""
-        return [self.episodes[episode].id for episode, _ in self(step)]
+        return [self.episodes[episode].id for episode, _ in self.frames(step)]
 
 
 def stream(

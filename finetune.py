@@ -10,7 +10,6 @@ SCRATCH, the paper's baseline, is this stage alone, from the base model.
     torchrun --nproc_per_node 8 finetune.py --preset lapa --init_from lapa --data D --out O
 """
 
-import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -48,7 +47,7 @@ class FinetuneConfig(training.TrainConfig):
     binary: str = option(
         "", "dimensions that mean 0 or 1 (grippers), e.g. 6; other values: see data.py"
     )
-    freeze_vision: bool = option(True, "paper 3.2")
+    freeze_vision: bool = option(True, "keep the patch embedding as it is (paper 3.2)")
     shift: float = option(0.0, "random shift of pictures, as a fraction of them")
     length: int = option(
         0, "tokens a row is cut or padded to; 0: the longest of the batch (official 384)"
@@ -155,13 +154,22 @@ def merged_weights(model: VLA, original: dict[str, object]) -> Iterator[tuple[st
 
 # ------------------------------------------------------------------------ data, bins, model
 def open_data(
-    c: FinetuneConfig, image_size: int, official: bool, exact: bool
+    c: FinetuneConfig,
+    image_size: int,
+    vqgan: data.ImageTokenizer | None,
+    exact: bool,
+    processes: training.Processes,
 ) -> tuple[data.Dataset, list[data.Episode]]:
-    """-> dataset, and the labelled episodes to learn from.  official: pictures are resized for a
-    VQGAN; exact: refuse fewer than --labelled"""
-    dataset = data.open_dataset(c.data, image_size, c.where, official=official)
+    """-> dataset, and the labelled episodes to learn from.  exact: refuse fewer than --labelled"""
+    for_vqgan = vqgan is not None
+    dataset = data.open_dataset(c.data, image_size, c.where, for_vqgan=for_vqgan)
     train_set, _ = dataset.split(c.held_out)
-    return dataset, data.labelled_few(train_set, c.labelled, c.seed, exact)
+    labelled = data.labelled_few(train_set, c.labelled, c.seed, exact)
+    if vqgan and not c.shift:  # shifted pictures are tokenized as they come, others once
+        from official.image_codes import add_codes
+
+        add_codes(dataset, labelled, vqgan, processes)
+    return dataset, labelled
 
 
 def choose_bins(c: FinetuneConfig, meta: dict, actions: np.ndarray) -> list[np.ndarray]:
@@ -181,7 +189,7 @@ def choose_bins(c: FinetuneConfig, meta: dict, actions: np.ndarray) -> list[np.n
     return edges
 
 
-def build_model(
+def load_model(
     c: FinetuneConfig,
     weights: dict[str, object],
     meta: dict,
@@ -212,69 +220,69 @@ def build_model(
 def make_optimizer(model: VLA, c: FinetuneConfig, fresh: list[str]) -> Optimizer:
     """AdamW; fresh tensors learn at head_lr x lr; the vision side stays frozen"""
     model.action_embed.weight.requires_grad_(not c.freeze_table)
-    groups = model.parameter_groups(c.lr, c.head_lr, fresh, c.freeze_vision)
+    if c.freeze_vision:
+        model.freeze_vision()
+    groups = model.parameter_groups(c.lr, c.head_lr, fresh)
     return training.make_optimizer(groups, betas=(0.9, 0.95), weight_decay=0.0)
 
 
 # ------------------------------------------------------------------------ training
-def train(c: FinetuneConfig, given: set[str]) -> None:
+def train(c: FinetuneConfig, named_options: set[str]) -> None:
+    """Learn the robot's actions from a few labelled episodes"""
     processes = training.start_processes(c)
     local_rows = processes.local_rows
     weights, meta = common.load_checkpoint(c.init_from, "init_from", ("pretrain",))
     tokenizer = sequences.read_tokenizer(c.init_from)
     vqgan = data.open_vqgan(c.init_from, "init_from", processes.device, meta["model"])
-    exact = "labelled" in given  # a preset takes what there is
-    dataset, labelled = open_data(c, meta["model"]["image_size"], vqgan is not None, exact)
+    image_size = meta["model"]["image_size"]
+    exact = "labelled" in named_options  # of a preset, --labelled is a maximum
+    dataset, labelled = open_data(c, image_size, vqgan, exact, processes)
     actions = np.concatenate([episode.actions for episode in labelled])
     edges = choose_bins(c, meta, actions)
     bins = [data.to_bins(episode.actions, edges) for episode in labelled]
-    model, fresh = build_model(c, weights, meta, tokenizer, processes)
+    model, fresh = load_model(c, weights, meta, tokenizer, processes)
     processes.say(data.describe_bins(edges, actions))
     image_tokens = model.config.image_tokens
-    rows = sequences.Sequences(tokenizer, image_tokens, meta["template"], c.length, c.official_cut)
+    row_builder = sequences.Sequences(
+        tokenizer, image_tokens, meta["template"], c.length, c.official_cut
+    )
     with common.refuse(c.data):
-        rows.check(labelled, bins, ACTION)
+        row_builder.check(labelled, bins, ACTION)
     frame_counts = [len(answer) for answer in bins]
-    sample_frames = data.FrameSampler(labelled, frame_counts, c.seed, c.batch, local_rows)
+    sampler = data.FrameSampler(labelled, frame_counts, c.seed, c.batch, local_rows)
 
     def load_rows(step: int) -> dict[str, Tensor | None]:
-        return rows.batch(labelled, bins, ACTION, sample_frames(step), processes.device)
+        return row_builder.batch(labelled, bins, ACTION, sampler.frames(step), processes.device)
 
     run = open_run(c, processes, model, dataset, meta, edges, tokenizer, vqgan)
     optimizer = make_optimizer(model, c, fresh)
     run.resume(model, optimizer)
-    if vqgan and not c.shift:  # shifted pictures are tokenized as they come, others once
-        from official.image_codes import add_codes
-
-        add_codes(dataset, labelled, vqgan, processes)
     processes.say(
         len(labelled), "labelled episodes,", sum(frame_counts), "actions,", processes.device
     )
     soft = data.soft_widths(edges, c.soft_bins)
 
-    for step, batch in run.steps(data.stream(load_rows, run.start, c.steps), "rows"):
-        batch = sequences.augment(batch, c.shift, vqgan, c.batch, local_rows)
-        losses, accuracies = [], []
-        for part in processes.micro_batches(model, batch):
-            with processes.autocast():
-                loss, accuracy = loss_of(model, part, soft)
-            if not math.isfinite(loss.item()):
-                run.refuse_loss(loss, step, sample_frames.episode_ids(step))
-            (loss / c.accumulate).backward()
-            losses.append(loss.detach())
-            accuracies.append(accuracy)
+    batches = data.stream(load_rows, run.start, c.steps)
+    for step, batch in run.steps(batches, "rows"):
         training.set_learning_rate(optimizer, c, step)
-        grad_norm = processes.clip_gradients(optimizer)
+        batch = sequences.augment(batch, c.shift, vqgan, c.batch, local_rows)
+        results = []
+        for part in processes.micro_batches(model, batch):  # --accumulate
+            with processes.autocast():  # --bf16
+                loss, accuracy = loss_of(model, part, soft)
+            run.refuse_not_finite("loss", loss, step, sampler)
+            (loss / c.accumulate).backward()
+            results.append((loss.detach(), accuracy))
+        grad_norm = processes.clip_gradients(optimizer)  # --clip
+        run.refuse_not_finite("gradient norm", grad_norm, step, sampler)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if run.log_due(step):
-            numbers = {
-                "loss": torch.stack(losses).mean(),
-                "accuracy": torch.stack(accuracies).mean(),
-            }
-            run.log(step, numbers | {"grad_norm": grad_norm})
-        if run.save_due(step):
-            run.save(step, model, optimizer, partial(merged_weights, model, weights))
+            loss, accuracy = (torch.stack(values).mean() for values in zip(*results, strict=True))
+            run.log(step, {"loss": loss, "accuracy": accuracy, "grad_norm": grad_norm})
+        if run.stop_requested() or run.save_due(step):
+            merged = partial(merged_weights, model, weights) if c.lora_rank else None
+            run.save(step, model, optimizer, merged)
     run.finish()
 
 

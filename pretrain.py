@@ -15,7 +15,6 @@ One loop serves every arm of the paper's comparison; they differ only in what th
 """
 
 import hashlib
-import math
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -236,7 +235,7 @@ def file_mark(path: str | Path) -> str:
 
 
 # ------------------------------------------------------------------------ model
-def settle_options(c: PretrainConfig, given: set[str]) -> None:
+def settle_options(c: PretrainConfig, named_options: set[str]) -> None:
     """Refuse options that do not fit together; take the network's shape from --init_from"""
     if c.labels not in KINDS:
         common.fail(f"--labels {c.labels!r}: expected one of {', '.join(KINDS)}")
@@ -244,19 +243,19 @@ def settle_options(c: PretrainConfig, given: set[str]) -> None:
         common.fail("--labels latent needs --laq, the quantize run that made them")
     if c.labels == "idm" and not c.labels_file:
         common.fail("--labels idm needs --labels_file (python -m baselines.inverse_dynamics)")
-    for name in sorted(given & {"text_vocab", "latent_vocab", "action_vocab"}):
+    for name in sorted(named_options & {"text_vocab", "latent_vocab", "action_vocab"}):
         common.fail(f"--{name}: follows from the tokenizer, the labels or --bins")
     if not c.init_from:
         return
     shape = common.open_checkpoint(c.init_from, "init_from", ("pretrain",))[1]["model"]
-    for name in sorted(given & shape.keys()):
+    for name in sorted(named_options & shape.keys()):
         if getattr(c, name) != shape[name]:
             common.fail(f"--{name} {getattr(c, name)}: --init_from {c.init_from} has {shape[name]}")
     for name in ("image_size", "patch_size", "vision_vocab"):
         setattr(c, name, shape[name])
 
 
-def build_model(
+def load_model(
     c: PretrainConfig, latent_vocab: int, dataset: data.Dataset, processes: training.Processes
 ) -> tuple[VLA, Tokenizer, list[str]]:
     """A fresh VLA, or --init_from's -> model in its place, tokenizer, names of fresh tensors"""
@@ -286,8 +285,9 @@ def build_model(
 
 
 # ------------------------------------------------------------------------ training
-def train(c: PretrainConfig, given: set[str]) -> None:
-    settle_options(c, given)
+def train(c: PretrainConfig, named_options: set[str]) -> None:
+    """Learn to predict what --labels says.  named_options: those on the command line"""
+    settle_options(c, named_options)
     processes = training.start_processes(c)
     kind = KINDS[c.labels]
     local_rows = processes.local_rows
@@ -295,16 +295,18 @@ def train(c: PretrainConfig, given: set[str]) -> None:
     dataset, train_set, held_out, vqgan = open_data(c, shift, processes)
     answers = read_answers(c, dataset, train_set, held_out)
     latent_vocab = answers.notes.get("codebook_size", 0)
-    model, tokenizer, fresh = build_model(c, latent_vocab, dataset, processes)
+    model, tokenizer, fresh = load_model(c, latent_vocab, dataset, processes)
     image_tokens = model.config.image_tokens
-    rows = sequences.Sequences(tokenizer, image_tokens, c.template, c.length, c.official_cut)
+    row_builder = sequences.Sequences(tokenizer, image_tokens, c.template, c.length, c.official_cut)
     with common.refuse(c.data):
-        rows.check(train_set + held_out, answers.train + answers.held_out, kind)
-    frame_counts = [len(answer) for answer in answers.train]
-    sample_frames = data.FrameSampler(train_set, frame_counts, c.seed, c.batch, local_rows)
+        row_builder.check(train_set + held_out, answers.train + answers.held_out, kind)
+    frame_counts = [len(episode_answers) for episode_answers in answers.train]
+    sampler = data.FrameSampler(train_set, frame_counts, c.seed, c.batch, local_rows)
 
     def load_rows(step: int) -> dict[str, Tensor | None]:
-        return rows.batch(train_set, answers.train, kind, sample_frames(step), processes.device)
+        return row_builder.batch(
+            train_set, answers.train, kind, sampler.frames(step), processes.device
+        )
 
     run = open_run(c, processes, model, dataset, answers, tokenizer, vqgan)
     optimizer = make_optimizer(model, c, fresh)
@@ -315,31 +317,30 @@ def train(c: PretrainConfig, given: set[str]) -> None:
     )
     soft = data.soft_widths(answers.notes.get("bins", []), c.soft_bins)
 
-    for step, batch in run.steps(data.stream(load_rows, run.start, c.steps), "rows"):
-        batch = sequences.augment(batch, shift, vqgan, c.batch, local_rows)
-        losses, accuracies = [], []
-        for part in processes.micro_batches(model, batch):
-            with processes.autocast():
-                loss, accuracy = loss_of(model, part, kind, soft, c.official_text_mask)
-            if not math.isfinite(loss.item()):
-                run.refuse_loss(loss, step, sample_frames.episode_ids(step))
-            (loss / c.accumulate).backward()
-            losses.append(loss.detach())
-            accuracies.append(accuracy)
+    batches = data.stream(load_rows, run.start, c.steps)
+    for step, batch in run.steps(batches, "rows"):
         training.set_learning_rate(optimizer, c, step)
-        grad_norm = processes.clip_gradients(optimizer)
+        batch = sequences.augment(batch, shift, vqgan, c.batch, local_rows)
+        results = []
+        for part in processes.micro_batches(model, batch):  # --accumulate
+            with processes.autocast():  # --bf16
+                loss, accuracy = loss_of(model, part, kind, soft, c.official_text_mask)
+            run.refuse_not_finite("loss", loss, step, sampler)
+            (loss / c.accumulate).backward()
+            results.append((loss.detach(), accuracy))
+        grad_norm = processes.clip_gradients(optimizer)  # --clip
+        run.refuse_not_finite("gradient norm", grad_norm, step, sampler)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if run.log_due(step):
-            numbers = {
-                "loss": torch.stack(losses).mean(),
-                "accuracy": torch.stack(accuracies).mean(),
-                "grad_norm": grad_norm,
-            }
+            loss, accuracy = (torch.stack(values).mean() for values in zip(*results, strict=True))
+            numbers = {"loss": loss, "accuracy": accuracy, "grad_norm": grad_norm}
             if held_out:
-                numbers |= validate(model, c, rows, held_out, answers.held_out, soft, processes)
+                numbers |= validate(
+                    model, c, row_builder, held_out, answers.held_out, soft, processes
+                )
             run.log(step, numbers)
-        if run.save_due(step):
+        if run.stop_requested() or run.save_due(step):
             run.save(step, model, optimizer)
     run.finish()
 
@@ -351,8 +352,8 @@ def open_data(
     reads linear patches)"""
     vqgan = data.open_vqgan(c.vqgan or c.init_from, "vqgan", processes.device, c.__dict__)
     actions_needed = c.labels == "action"
-    official = vqgan is not None
-    dataset = data.open_dataset(c.data, c.image_size, c.where, actions_needed, official)
+    for_vqgan = vqgan is not None
+    dataset = data.open_dataset(c.data, c.image_size, c.where, actions_needed, for_vqgan)
     train_set, held_out = dataset.split(c.held_out)
     if vqgan:  # shifted pictures are tokenized as they come, others once
         from official.image_codes import add_codes
@@ -364,8 +365,9 @@ def open_data(
 
 def make_optimizer(model: VLA, c: PretrainConfig, fresh: list[str]) -> Optimizer:
     """AdamW; fresh tensors learn at head_lr x lr; a pretrained vision side stays frozen"""
-    freeze_vision = c.freeze_vision and bool(c.init_from)
-    groups = model.parameter_groups(c.lr, c.head_lr, fresh, freeze_vision)
+    if c.freeze_vision and c.init_from:
+        model.freeze_vision()
+    groups = model.parameter_groups(c.lr, c.head_lr, fresh)
     return training.make_optimizer(groups, betas=(0.9, 0.95), weight_decay=0.0)
 
 
@@ -399,7 +401,7 @@ def open_run(
 def validate(
     model: VLA,
     c: PretrainConfig,
-    rows: sequences.Sequences,
+    row_builder: sequences.Sequences,
     episodes: list[data.Episode],
     answers: list,
     soft: float | list[float],
@@ -411,16 +413,16 @@ def validate(
     losses, accuracies = [], []
     with processes.autocast():
         for at in range(0, len(frames), c.batch):
-            some = frames[at : at + c.batch]
-            batch = rows.batch(episodes, answers, kind, some, processes.device)
-            loss, accuracy = loss_of(model, batch, kind, soft)
-            losses.append(loss)
-            accuracies.append(accuracy)
+            part = frames[at : at + c.batch]
+            rows = row_builder.batch(episodes, answers, kind, part, processes.device)
+            loss, accuracy = loss_of(model, rows, kind, soft, c.official_text_mask)
+            losses.append(loss * len(part))
+            accuracies.append(accuracy * len(part))
     if processes.world > 1:
         model.reshard()  # what a forward pass without a backward one has gathered
     return {
-        "val_loss": float(sum(losses) / len(losses)),
-        "val_accuracy": float(sum(accuracies) / len(accuracies)),
+        "val_loss": float(sum(losses) / len(frames)),
+        "val_accuracy": float(sum(accuracies) / len(frames)),
     }
 
 

@@ -10,7 +10,6 @@ every frame of the dataset is labeled with its latent action, and a report card 
     python quantize.py label --laq O --data OTHER --out other.safetensors    # label more videos
     python quantize.py report --laq O --data OTHER --out reports/other     # report card on them"""
 
-import math
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -103,21 +102,22 @@ PRESETS = {
 
 # ------------------------------------------------------------------------ training
 def train(c: QuantizeConfig) -> None:
+    """Learn the codes, label the dataset with them, write the report card"""
     processes = training.start_processes(c)
     model = build_model(c)
     local_rows = processes.local_rows
     dataset = data.open_dataset(c.data, c.image_size, c.where)
     train_set, held_out = dataset.split(c.held_out)
     frame_counts = [len(episode.frames) for episode in train_set]
-    sample_frames = data.FrameSampler(train_set, frame_counts, c.seed, c.batch, local_rows)
+    sampler = data.FrameSampler(train_set, frame_counts, c.seed, c.batch, local_rows)
 
     def load_pairs(step: int) -> Tensor:
-        pairs = data.frame_pairs(train_set, sample_frames(step), c.window)
+        pairs = data.frame_pairs(train_set, sampler.frames(step), c.window)
         return data.to_float(pairs, processes.device)  # B 2 3 H W
 
     identity = {"dataset": dataset.fingerprint}
     run = training.Run(c, processes, "quantize", model.config, identity, {"window": c.window})
-    training.place(model, c, processes, model.blocks, unsharded=[model.quantizer.codebook])
+    training.place(model, c, processes, model.all_layers, unsharded=[model.quantizer.codebook])
     optimizer = make_optimizer(model, c.lr, c.codebook_lr)
     run.resume(model, optimizer)
     processes.say(
@@ -125,29 +125,31 @@ def train(c: QuantizeConfig) -> None:
         f"episodes to learn from, {len(held_out)} held out, {processes.device}"
     )
 
-    for step, pair in run.steps(data.stream(load_pairs, run.start, c.steps), "pairs"):
+    batches = data.stream(load_pairs, run.start, c.steps)
+    for step, pairs in run.steps(batches, "pairs"):
+        training.set_learning_rate(optimizer, c, step)
         shift = shift_at(step, c.shift, c.shift_from, c.shift_until)
-        seen = data.random_shift(pair, shift, c.batch, local_rows) if shift else None
-        noise = torch.randn(c.batch, c.code_len, c.quant_dim)[local_rows].to(pair.device)
-        batch = {"pair": pair, "seen": seen, "noise": noise}
+        shifted = data.random_shift(pairs, shift, c.batch, local_rows) if shift else None
+        # NSVQ's noise, drawn for the global batch: the same for any number of processes
+        noise = torch.randn(c.batch, c.code_len, c.quant_dim)[local_rows].to(pairs.device)
+        batch = {"pair": pairs, "shifted": shifted, "noise": noise}
         results = []
-        for part in processes.micro_batches(model, batch):
-            with processes.autocast():
+        for part in processes.micro_batches(model, batch):  # --accumulate
+            with processes.autocast():  # --bf16
                 loss, d, indices = model(**part)
-            if not math.isfinite(loss.item()):
-                run.refuse_loss(loss, step, sample_frames.episode_ids(step))
+            run.refuse_not_finite("loss", loss, step, sampler)
             (loss / c.accumulate).backward()
             results.append((loss.detach(), d.detach(), indices))
-        training.set_learning_rate(optimizer, c, step)
-        grad_norm = processes.clip_gradients(optimizer)
+        grad_norm = processes.clip_gradients(optimizer)  # --clip
+        run.refuse_not_finite("gradient norm", grad_norm, step, sampler)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses, d, indices = zip(*results, strict=True)
-        codes = update_codebook(model, torch.cat(d), torch.cat(indices), c, step, processes)
+        codes_used = update_codebook(model, torch.cat(d), torch.cat(indices), c, step, processes)
         if run.log_due(step):
             loss = torch.stack(losses).mean()
-            run.log(step, {"loss": loss, "codes": codes, "grad_norm": grad_norm})
-        if run.save_due(step):
+            run.log(step, {"loss": loss, "codes": codes_used, "grad_norm": grad_norm})
+        if run.stop_requested() or run.save_due(step):
             run.save(step, model, optimizer)
     summary, files = label_and_report(c, run, dataset) if processes.main else ({}, [])
     run.finish(summary, files)

@@ -3,19 +3,26 @@ and the run folder with its log, its checkpoints and the way back into a run.
 
 A stage's loop stands in the stage's own file.  It calls, in this order:
 
-    processes = start_processes(options)     # one, or those of torchrun
-    place(model, ...)                        # on the device, sharded over the processes
-    run = Run(...)                           # the folder --out; refuses another run's
-    run.resume(model, optimizer)             # from the newest checkpoint in --out, if there is one
-    for step, batch in run.steps(...):       # progress bar; a signal ends it after a step
-        for part in processes.micro_batches(model, batch):
-            ...                              # forward and backward pass
+    processes = start_processes(options)   # one, or those of torchrun
+    place(model, ...)                      # on the device, sharded over the processes
+    run = Run(...)                         # the folder --out; refuses another run's
+    optimizer = make_optimizer(...)
+    run.resume(model, optimizer)           # from the newest checkpoint in --out, if there is one
+    for step, batch in run.steps(...):     # progress bar, torch seeded by the step
         set_learning_rate(optimizer, ...)
+        for part in processes.micro_batches(model, batch):
+            with processes.autocast(): ...           # forward pass
+            run.refuse_not_finite("loss", ...)
+            loss.backward()
         processes.clip_gradients(optimizer)
+        run.refuse_not_finite("gradient norm", ...)
         optimizer.step()
-        run.log(...)                         # where run.log_due(step)
-        run.save(...)                        # where run.save_due(step)
-    run.finish()"""
+        if run.log_due(step): run.log(...)
+        if run.stop_requested() or run.save_due(step): run.save(...)
+    run.finish()
+
+SIGTERM and Ctrl-C let the step end: stop_requested then says so on every process, the loop saves,
+and run.steps ends the program."""
 
 import contextlib
 import ctypes
@@ -59,6 +66,7 @@ from common import (
     write_atomically,
     write_checkpoint,
 )
+from data import FrameSampler
 from model import full_tensor
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process needs none
@@ -361,6 +369,7 @@ class Run:
         self.start = 0
         self.numbers: dict[str, float] = {}  # the last that were logged
         self.signals: list[int] = []  # SIGTERM or SIGINT, once received
+        self.stopping = False  # whether all processes have agreed to stop
         self.claim_folder()
         self.find_checkpoint()
         processes.barrier()
@@ -460,8 +469,8 @@ class Run:
         """Yield (step, batch) for the steps that are left, with torch seeded by the step, under a
         progress bar that counts `unit` per second.
 
-        SIGTERM or Ctrl-C ends the run after the step, which save_due then wants saved; a second
-        one ends it at once."""
+        SIGTERM or Ctrl-C ends the program after a step (see stop_requested); a second one ends it
+        at once."""
 
         def note_signal(number: int, _: FrameType | None) -> None:
             self.signals.append(number)
@@ -482,7 +491,6 @@ class Run:
         try:
             for step, batch in zip(self.bar, batches, strict=False):
                 seed_step(self.config.seed, step)
-                self.stopping = False  # save_due looks
                 yield step, batch
                 if self.stopping:
                     self.processes.say(
@@ -502,16 +510,25 @@ class Run:
         return self.is_due(step, self.config.log_every)
 
     def save_due(self, step: int) -> bool:
-        """Every process: whether a checkpoint is due, also because one of them got a signal"""
+        return self.is_due(step, self.config.save_every)
+
+    def stop_requested(self) -> bool:
+        """Every process, once per step: whether one of them has received a signal.  The loop then
+        saves, and `steps` ends the program."""
         signaled = float(bool(self.signals))
         self.stopping = self.processes.mean({"signaled": signaled})["signaled"] > 0
-        return self.stopping or self.is_due(step, self.config.save_every)
+        return self.stopping
 
-    def refuse_loss(self, loss: Tensor, step: int, episode_ids: Iterable[str]) -> None:
-        """Stop at a loss that is not finite: name the episodes and the last good checkpoint"""
-        names = ", ".join(sorted(set(episode_ids)))
+    def refuse_not_finite(
+        self, what: str, value: float | Tensor, step: int, sampler: FrameSampler
+    ) -> None:
+        """Stop before a loss or gradient that is not finite can spoil the weights: name the
+        episodes of this step and the last good checkpoint"""
+        if math.isfinite(float(value)):
+            return
+        names = ", ".join(sorted(set(sampler.episode_ids(step))))
         fail(
-            f"the loss is {loss.item()}: step {step}, episodes {names}; last good checkpoint: "
+            f"the {what} is {float(value)}: step {step}, episodes {names}; last good checkpoint: "
             f"{self.last_checkpoint or 'none'}"
         )
 

@@ -46,7 +46,7 @@ class InverseDynamicsConfig:
     warmup: int = option(20, "steps of linear warm-up")
     final_lr: float = option(0.05, "cosine down to this fraction of lr")
     image_size: int = option(256, "pixels, as in pretraining, which shares the frame cache")
-    official_resize: bool = option(False, "resize pictures as a model that reads codes needs them")
+    for_vqgan: bool = option(False, "resize pictures as a model that reads codes needs them")
     bins: int = option(256, "as in pretraining")
     binary: str = option("", "as in pretraining: dimensions that mean 0 or 1 (grippers), e.g. 6")
     seed: int = option(0, "of weights, batches and the choice of labelled episodes")
@@ -55,7 +55,7 @@ class InverseDynamicsConfig:
 PRESETS = {
     "tiny": dict(image_size=64),
     "base": dict(image_size=128),
-    "lapa": dict(official_resize=True),
+    "lapa": dict(for_vqgan=True),
 }
 
 
@@ -158,11 +158,11 @@ def main(c: InverseDynamicsConfig) -> None:
         common.fail("baselines.inverse_dynamics runs in one process")
     labelled_folder = c.labelled_data or c.data
     labelled_set = data.open_dataset(
-        labelled_folder, c.image_size, c.labelled_where, official=c.official_resize
+        labelled_folder, c.image_size, c.labelled_where, for_vqgan=c.for_vqgan
     )
     labelled, _ = labelled_set.split(c.held_out)
     labelled = data.labelled_few(labelled, c.labelled, c.seed)
-    dataset = data.open_dataset(c.data, c.image_size, c.where, official=c.official_resize)
+    dataset = data.open_dataset(c.data, c.image_size, c.where, for_vqgan=c.for_vqgan)
     with common.refuse("network"):
         model = train(c, labelled, processes)
     _, held_out = dataset.split(c.held_out)

@@ -55,12 +55,14 @@ def training_step(
     """Place a model on this process's device as its stage does -> one optimization step on a batch:
     pairs [B, 2, 3, H, W] for a LAQ, rows (see Sequences.batch) for a VLA"""
     if isinstance(model, LAQ):
-        training.place(model, c, processes(), model.blocks, unsharded=[model.quantizer.codebook])
+        training.place(
+            model, c, processes(), model.all_layers, unsharded=[model.quantizer.codebook]
+        )
         optimizer = quantize.make_optimizer(model, c.lr, c.codebook_lr)
         return lambda: train_laq(model, optimizer, c, batch)
 
     training.place(model, c, processes(), model.layers)
-    optimizer = training.make_optimizer(model.parameter_groups(1e-4, 1.0, (), False))
+    optimizer = training.make_optimizer(model.parameter_groups(1e-4, 1.0, ()))
     return lambda: train_vla(model, optimizer, c, batch)
 
 

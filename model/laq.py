@@ -28,12 +28,16 @@ class LAQConfig:
     codebook_size: int = option(8, "entries of the codebook")
     code_len: int = option(4, "codes per pair: 8^4 = 4096 latent actions")
     code_relu: bool = option(
-        False, "ReLU after code_cnn's only convolution, as older runs of ours have it"
+        False, "ReLU after a code_cnn of one convolution, as runs of older versions have it"
     )
     codebook_init: float = option(1.0, "standard deviation of fresh codebook entries (official 1)")
     residual: bool = option(False, "the decoder draws x_{t+H} - x_t (official: x_{t+H} itself)")
-    official_peg: bool = option(False, "temporal PEG takes (b h w) t d memory for b t h w d")
-    official_code_read: bool = option(False, "a (K, Q) block enters the decoder re-read as (Q, K)")
+    official_peg: bool = option(
+        False, "the temporal PEG reads its memory in the wrong order, as officially"
+    )
+    official_code_read: bool = option(
+        False, "the decoder reads a (K, Q) block of codes as (Q, K), as officially"
+    )
     official_counting: bool = option(
         False, "the official dead-code rule, which lets a codebook collapse"
     )
@@ -60,8 +64,8 @@ class PEG(nn.Module):
         return self.convolve(x, grid) if x.shape[1] > 2 else self.convolve_two(x, grid)
 
     def convolve(self, x: Tensor, grid: int) -> Tensor:
-        """The plain form, for any T: zeros around each frame and two frames of them before the
-        first"""
+        """The plain form, for any T (the LAQ itself has one or two frames): zeros around each frame
+        and two frames of zeros before the first"""
         y = x.unflatten(2, (grid, grid)).movedim(-1, 1)  # B D T h w
         y = F.pad(y, (1, 1, 1, 1, 2, 0))  # B D T+2 h+2 w+2
         return self.conv(y).movedim(1, -1).flatten(2, 3)  # B T N D
@@ -70,13 +74,13 @@ class PEG(nn.Module):
         """`convolve` for one or two frames, as a 2-D convolution per tap: on CPUs the backward pass
         of a depth-wise Conv3d is slow, and taps that would see only padding are left out.
 
-        Gain in training and inference: tiny [64, 2, 64, 96] 3.3 and 1, lapa [8, 2, 64, 1024] 6.5
-        and 1; with one frame, as in the decoder, tiny 6 and 2.6, lapa 11 and 2.7.
+        Gain in training and inference: tiny [64, 2, 64, 96] 3.5 and 0.9, lapa [8, 2, 64, 1024] 5.5
+        and 0.9; with one frame, as in the decoder, tiny 7.7 and 2.5, lapa 10.2 and 2.6.
         Test: test_peg_is_a_causal_convolution"""
         out = self.tap(2, x, grid) + self.conv.bias
         if x.shape[1] == 2:
             past = self.tap(1, x[:, :1], grid)  # B 1 N D: what the first frame adds to the second
-            out = out + F.pad(past, (0, 0, 0, 0, 1, 0))
+            out = out + F.pad(past, (0, 0, 0, 0, 1, 0))  # B 2 N D, zeros for the first frame
         return out
 
     def tap(self, t: int, frames: Tensor, grid: int) -> Tensor:
@@ -92,7 +96,8 @@ class MisreadPEG(PEG):
 
     def forward(self, x: Tensor, grid: int) -> Tensor:
         B, T, N, D = x.shape
-        misread = x.transpose(1, 2).reshape(B, T, N, D)  # B N T D in memory
+        memory = x.transpose(1, 2).contiguous()  # B N T D
+        misread = memory.view(B, T, N, D)
         return super().forward(misread, grid).reshape(B, N, T, D).transpose(1, 2)  # B T N D
 
 
@@ -107,8 +112,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
 def attend_by_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     """`attend`, written out: on CPUs torch's fused attention is slower where there is a bias.
 
-    Gain in training and inference: tiny [128, 64, 4, 24] 1.1 and 1.8, lapa [16, 64, 16, 64] 1.3 and
-    1.3.  Cross-attention, without a bias, loses: 0.9 and 0.5 of the speed.
+    Gain in training and inference: tiny [128, 64, 4, 24] 1.1 and 1.9, lapa [16, 64, 16, 64] 1.2 and
+    1.6.
     Test: test_attention_over_the_grid_is_attention"""
     q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # B heads N dim_head
     logits = q @ k.mT  # B heads N M
@@ -121,11 +126,12 @@ def attend_to_two(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """`attend` for two keys without a bias, the frames of a pair: softmax over two is a sigmoid of
     the difference, and no matrix products of size two are left.
 
-    Gain in training and inference: tiny [4096, 2, 4, 24] 1.5 and 8, lapa [512, 2, 16, 64] 1 and 5.
+    Gain in training and inference: tiny [4096, 2, 4, 24] 1.6 and 4.8, lapa [512, 2, 16, 64] 1.1
+    and 2.3.
     Test: test_attention_is_attention_also_over_two_frames"""
     gap = k[:, 1:] - k[:, :1]  # B 1 heads dim_head
     second = torch.sigmoid((q * gap).sum(-1, keepdim=True))  # B N heads 1, weight of the second
-    v = v.to(second.dtype)
+    v = v.to(second.dtype)  # autocast makes float32 of sums
     return torch.lerp(v[:, :1], v[:, 1:], second)  # B N heads dim_head
 
 
@@ -169,7 +175,10 @@ class Attention(nn.Module):
             k = torch.cat((null[:, 0::2], k), dim=1)  # B 2+M heads dim_head
             v = torch.cat((null[:, 1::2], v), dim=1)
         q = unit(q)
-        k = unit(k) * (8 * self.q_scale * self.k_scale)  # both scales act on a logit alike
+        # q_scale and k_scale multiply the same products, so the keys take both; logits times 8.
+        k = unit(k) * (8 * self.q_scale * self.k_scale)
+        # Each of these equals attend(q, k, v, bias).  Cross-attention has no bias and would be
+        # faster by `attend` itself; it keeps the products, to which all our results are exact.
         if k.shape[1] == 2 and bias is None:
             y = attend_to_two(q, k, v)
         else:
@@ -214,7 +223,9 @@ class Layer(nn.Module):
         cross-attention, where T is 1 -> [B, T, N, D]"""
         B, T, N, D = x.shape
         x = x + self.peg(x, self.grid)  # B T N D
-        rows = x.transpose(1, 2).reshape(B * N, T, D) if self.over_time else x.reshape(B * T, N, D)
+        # Attention runs over the second axis: BN T D over time, else BT N D.
+        by_patch = x.transpose(1, 2).reshape(B * N, T, D)
+        rows = by_patch if self.over_time else x.reshape(B * T, N, D)
         rows = rows + self.attention(rows, bias=bias)
         if self.cross is not None:
             rows = rows + self.cross(rows, context)
@@ -285,7 +296,7 @@ class PositionBias(nn.Module):
         """`compute` with the MLP on the (2 grid - 1)^2 offsets that differ and a look-up: 225 in
         place of 4096 on a grid of 8.
 
-        Gain in training and inference: tiny 10 and 3.5, lapa 15 and 13.
+        Gain in training and inference: tiny 4.5 and 3.6, lapa 16 and 13.
         Test: test_position_bias_depends_on_the_offset_alone"""
         g = self.grid
         line = torch.arange(1 - g, g, device=self.net[0].weight.device)
@@ -304,7 +315,7 @@ def code_cnn(grid: int, code_len: int, q: int, relu: bool = False) -> nn.Sequent
     def halve() -> nn.Conv2d:
         return nn.Conv2d(q, q, 3, stride=2, padding=1)
 
-    kernels = {1: (4, 4), 2: (3, 4), 4: (3, 3)}  # they leave 1x1, 1x2, 2x2 of a 4x4 map
+    kernels = {1: (4, 4), 2: (3, 4), 4: (3, 3)}  # they leave 1x1, 2x1, 2x2 of a 4x4 map
     if math.ceil(grid / 2) ** 2 == code_len:  # official at 64 and 256 codes; ours on small grids
         return nn.Sequential(halve(), nn.ReLU()) if relu else nn.Sequential(halve())
     if math.ceil(grid / 2) == 4 and code_len in kernels:
@@ -313,7 +324,7 @@ def code_cnn(grid: int, code_len: int, q: int, relu: bool = False) -> nn.Sequent
         return nn.Sequential(halve(), nn.ReLU(), halve())
     raise ValueError(
         f"code_len {code_len} cannot be made of {grid}x{grid} patches: use 1, 2 or 4 "
-        "with 7 or 8 patches a side, or code_len = (patches a side / 2)^2 or / 4"
+        "with 7 or 8 patches per side, or code_len = (patches / 2)^2 or (patches / 4)^2"
     )
 
 
@@ -355,7 +366,8 @@ class Quantizer(nn.Module):
         """The training value d + |d - c| v/|v|, v ~ N(0, I): noise of the error's size in place of
         the error, so that gradients reach encoder and codebook.
 
-        d [B, K, Q], indices int64 [B, K], noise [B, K, Q] (None: drawn here) -> [B, K, Q]"""
+        d [B, K, Q], indices int64 [B, K], noise v [B, K, Q] (None: drawn here; quantize.py draws
+        it for all processes) -> [B, K, Q]"""
         noise = torch.randn_like(d) if noise is None else noise
         error = (d - self.codebook[indices]).norm(dim=-1, keepdim=True)  # B K 1
         return d + (error / noise.norm(dim=-1, keepdim=True) + 1e-12) * noise
@@ -388,7 +400,9 @@ class Quantizer(nn.Module):
         output of the batch d [B, K, Q], chosen with probability ~ squared distance to the live
         entries (k-means++).  -> how many moved"""
         now = torch.bincount(nearest(d, self.codebook).flatten(), minlength=len(self.uses))  # V
-        if (now > 0).sum() * 2 <= len(now):  # collapsed, though entries may take turns in time
+        # A batch that uses at most half of the codebook has collapsed.  Then only what it uses
+        # counts: entries that take turns over time would never look dead.
+        if (now > 0).sum() * 2 <= len(now):
             self.uses *= now > 0
         dead = self.uses < dead_below * self.uses.sum() / len(self.uses)  # V
         points = d.flatten(0, 1).float()  # BK Q
@@ -449,7 +463,7 @@ class LAQ(nn.Module):
         self.quantizer = quantizer(c)
         self.decoder = Transformer(c, c.decoder_depth, cross=True)
         self.to_pixels = nn.Linear(c.dim, pixels)
-        self.blocks = [module for module in self.modules() if isinstance(module, Layer)]
+        self.all_layers = [module for module in self.modules() if isinstance(module, Layer)]
         if c.residual:  # begin with "nothing moves"
             nn.init.zeros_(self.to_pixels.weight)
             nn.init.zeros_(self.to_pixels.bias)
@@ -477,16 +491,16 @@ class LAQ(nn.Module):
         return frame + x if self.config.residual else x
 
     def forward(
-        self, pair: Tensor, seen: Tensor | None = None, noise: Tensor | None = None
+        self, pair: Tensor, shifted: Tensor | None = None, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Training pass (paper 3.1): the MSE of the future frame drawn through NSVQ.
 
-        pair [B, 2, 3, H, W] is (x_t, x_{t+H}); `seen`, of the same shape, is what the encoder looks
-        at instead (see quantize.py); noise [B, K, Q] stands in for NSVQ's own.
+        pair [B, 2, 3, H, W] is (x_t, x_{t+H}); shifted, of the same shape, is what the encoder
+        sees in its place (quantize.py, --shift); noise [B, K, Q]: see nsvq_substitute.
         -> loss (scalar), d float32 [B, K, Q], indices int64 [B, K]"""
         bias = self.position_bias()  # 1 heads N N
         tokens = self.patches(pair)  # B 2 N D
-        d = self.encode(tokens if seen is None else self.patches(seen), bias).float()
+        d = self.encode(tokens if shifted is None else self.patches(shifted), bias).float()
         indices = nearest(d, self.quantizer.codebook)
         value = self.quantizer.nsvq_substitute(d, indices, noise)
         # The decoder must not shape the patch embedding: official code detaches here.

@@ -35,7 +35,7 @@ class VLAConfig:
     rope_theta: float = option(5e7, "base of the rotary embedding's wavelengths")
     rms_eps: float = option(1e-6, "added to the mean square in RMSNorm")
     rounded_rope: bool = option(
-        False, "angles, cosines and sines in bf16, as official weights know them"
+        False, "angles, cosines and sines in bf16, as the official weights were trained"
     )
     image_size: int = option(256, "pixels, square")
     patch_size: int = option(
@@ -60,14 +60,14 @@ def positions(valid: Tensor) -> Tensor:
 
 
 def causal_mask(valid: Tensor, dtype: torch.dtype) -> Tensor:
-    """bool [B, S] -> [B, 1, S, S], added to logits: 0 where a row may look, else -inf.
+    """valid bool [B, S] -> [B, 1, S, S], added to logits: 0 where a position may look, else -inf.
 
-    A place sees the valid ones up to itself, and always itself: a padding row without anything to
-    see would be NaN."""
-    place = torch.arange(valid.shape[1], device=valid.device)
-    seen = (place <= place[:, None]) & valid[:, None, None, :]  # B 1 S S
-    seen = seen | (place == place[:, None])
-    return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, -math.inf)
+    Each position sees the valid ones before it, and itself: padding that saw nothing would be
+    NaN."""
+    position = torch.arange(valid.shape[1], device=valid.device)
+    visible = (position <= position[:, None]) & valid[:, None, None, :]  # B 1 S S
+    visible = visible | (position == position[:, None])
+    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, -math.inf)
 
 
 def rope_table(angle: Tensor, rounded: bool) -> tuple[Tensor, Tensor]:
@@ -81,10 +81,11 @@ def rope_table(angle: Tensor, rounded: bool) -> tuple[Tensor, Tensor]:
 
 
 def rope(position: Tensor, c: VLAConfig) -> tuple[Tensor, Tensor]:
-    """int64 [B, S] -> cosines and sines [B, 1, S, dim_head] for `rotate`: each angle twice, its
-    sine first with a minus"""
-    half = torch.arange(0, c.dim_head, 2, device=position.device).float()  # dim_head/2
-    angle = position[:, None, :, None] * c.rope_theta ** (-half / c.dim_head)
+    """position int64 [B, S] -> cosines and sines [B, 1, S, dim_head] for `rotate`: cos, cos and
+    -sin, sin for each pair of channels"""
+    channel = torch.arange(0, c.dim_head, 2, device=position.device).float()  # dim_head/2
+    frequency = c.rope_theta ** (-channel / c.dim_head)
+    angle = position[:, None, :, None] * frequency  # B 1 S dim_head/2
     cos, sin = rope_table(angle, c.rounded_rope)  # B 1 S dim_head/2
     return cos.repeat_interleave(2, dim=-1), torch.stack((-sin, sin), dim=-1).flatten(-2)
 
@@ -98,7 +99,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class KVCache(nn.Module):
-    """Keys and values of all S places of one block, [B, heads, S, dim_head] each.
+    """Keys and values of one block in S slots, one per position: [B, heads, S, dim_head] each.
 
     Its shape is fixed and it is written in place: a CUDA graph remembers the address of a module's
     buffers.  They follow the model to a device or precision and are in no state dict."""
@@ -108,10 +109,10 @@ class KVCache(nn.Module):
         self.register_buffer("keys", like.new_zeros(shape), persistent=False)
         self.register_buffer("values", like.new_zeros(shape), persistent=False)
 
-    def update(self, at: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v [B, heads, L, dim_head] at the places `at`, int64 [L] -> all S of both"""
-        self.keys.index_copy_(2, at, k.to(self.keys.dtype))
-        self.values.index_copy_(2, at, v.to(self.values.dtype))
+    def update(self, slots: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k and v [B, heads, L, dim_head] in the slots int64 [L] -> all S of both"""
+        self.keys.index_copy_(2, slots, k.to(self.keys.dtype))
+        self.values.index_copy_(2, slots, v.to(self.values.dtype))
         return self.keys, self.values
 
 
@@ -146,18 +147,18 @@ class Block(nn.Module):
         cos: Tensor,
         sin: Tensor,
         mask: Tensor | None,
-        at: Tensor | None = None,
+        slots: Tensor | None = None,
     ) -> Tensor:
         """x [B, L, D], cos and sin [B or 1, 1, L, dim_head] -> [B, L, D].
 
-        Without `at`: mask [B, 1, L, L], or None for a causal one.  With `at`, int64 [L]: x stands
-        at these places of the cache, and looks at all S of them through mask [B, 1, L, S]"""
+        In training: mask [B, 1, L, L], or None for a causal one.  In generation, slots int64 [L]:
+        x is in these slots of the cache, and looks at all S of them through mask [B, 1, L, S]"""
         y = self.attention_norm(x)  # B L D
         q = rotate(self.split(self.wq(y)), cos, sin)  # B heads L dim_head
         k = rotate(self.split(self.wk(y)), cos, sin)
         v = self.split(self.wv(y))
-        if at is not None:
-            k, v = self.cache.update(at, k, v)  # B heads S dim_head
+        if slots is not None:
+            k, v = self.cache.update(slots, k, v)  # the KV cache is filled here; B heads S dim_head
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         x = x + self.wo(y.transpose(1, 2).flatten(2))  # B L D
         y = self.ffn_norm(x)
@@ -165,9 +166,10 @@ class Block(nn.Module):
 
 
 def smooth_positions(grid: int, dim: int) -> Tensor:
-    """Sines and cosines of a patch's place, so slow that neighbors look alike. [grid^2, dim]"""
-    period = 2 * math.pi * 10 ** (-torch.arange(dim // 4) / (dim // 4))  # dim/4
-    angle = torch.arange(grid)[:, None] / grid * period  # grid dim/4
+    """Sines and cosines of a patch's row and column, so slow that neighbors look alike.
+    [grid^2, dim]"""
+    frequency = 2 * math.pi * 10 ** (-torch.arange(dim // 4) / (dim // 4))  # dim/4
+    angle = torch.arange(grid)[:, None] / grid * frequency  # grid dim/4
     waves = torch.cat((angle.sin(), angle.cos()), dim=1)  # grid dim/2
     both = torch.cat((waves.repeat(grid, 1), waves.repeat_interleave(grid, 0)), dim=1)  # of x, of y
     return (both - both.mean(0)) / both.std()
@@ -201,8 +203,8 @@ class VLA(nn.Module):
                 f"image_size {c.image_size} by patch_size ({c.patch_size})"
             )
         self.text_embed = nn.Embedding(c.text_vocab, c.dim)
-        self.patches = c.patch_size > 0 and not c.vision_vocab
-        if self.patches:
+        self.reads_patches = c.patch_size > 0 and not c.vision_vocab
+        if self.reads_patches:
             self.patch_embed = nn.Linear(3 * c.patch_size**2, c.dim)
             self.patch_position = nn.Parameter(torch.empty(c.image_tokens, c.dim))
         self.layers = nn.ModuleList(Block(c) for _ in range(c.layers))
@@ -221,7 +223,7 @@ class VLA(nn.Module):
         biases                                 0
         RMSNorm                                1
         LoRA                                   see LowRank in finetune.py
-        patch_embed.weight                     N(0, 0.06^2): 0.02 takes twice as long to see
+        patch_embed.weight                     N(0, 0.06^2): with 0.02, twice as slow to learn
         patch_position                         `smooth_positions`"""
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=0.02)
@@ -229,17 +231,19 @@ class VLA(nn.Module):
                 nn.init.zeros_(module.bias)
         elif hasattr(module, "reset_parameters"):
             module.reset_parameters()
-        if module is self and self.patches:
+        if module is self and self.reads_patches:
             nn.init.normal_(self.patch_embed.weight, std=0.06)
             grid = self.config.image_size // self.config.patch_size
             fill(self.patch_position, smooth_positions(grid, self.config.dim))
 
     @torch.no_grad()
     def load_pretrained(self, weights: Mapping[str, Tensor]) -> list[str]:
-        """Copy another VLA's tensors by name (name -> tensor or safetensors slice).  Vision, latent
-        and action tables and heads, and LoRA's tensors, that it does not have keep their fresh
-        values; those that this model does not have are left out.  Everything else must agree, see
-        `load_strictly`.  -> names of the fresh tensors"""
+        """Copy another VLA's weights (name -> tensor or safetensors slice) -> names of the tensors
+        that stay fresh.
+
+        Tables and heads for vision, latent actions and robot actions may differ: those that only
+        this model has stay fresh, as do LoRA's tensors; those that only the other has are dropped.
+        Everything else must agree (see load_strictly)."""
         own = tuple(f"{name}_" for name in VOCABULARIES[1:])
         state = self.state_dict()
         fresh = [
@@ -259,32 +263,40 @@ class VLA(nn.Module):
     def start_from_tags(
         self, weights: Mapping[str, Tensor], fresh: Collection[str], tags: Mapping[int, int]
     ) -> None:
-        """Let fresh input tables begin where the body can already read (docs/deviations.md, 8): all
-        rows as the text embedding of their vocabulary's opening tag.  If latent actions were left
-        out, robot actions follow on them: rows as the mean latent action, their tag as its tag.
+        """Begin fresh input tables with what the body can already read (docs/deviations.md, 8).
 
-        weights, fresh: what `load_pretrained` took and gave; tags: LATENT and ACTION -> token"""
-        follows_latent = "latent_embed.weight" in weights and self.latent_embed is None
+        Each row of a table begins as the text embedding of its vocabulary's opening tag.  Robot
+        actions that take the place of latent actions begin as the mean latent action instead, and
+        their tag as the latent one.
+
+        weights, fresh: argument and result of load_pretrained; tags: LATENT and ACTION -> token"""
         text = full_tensor(self.text_embed.weight).clone()  # V D
-        for kind, table in ((LATENT, self.latent_embed), (ACTION, self.action_embed)):
-            if f"{VOCABULARIES[kind]}_embed.weight" in fresh:
-                row = text[tags[kind]].clone()
-                if follows_latent:
-                    row = weights["latent_embed.weight"][:].mean(0)
-                    text[tags[kind]] = text[tags[LATENT]]
-                    fill(self.text_embed.weight, text)
-                fill(table.weight, row.expand(table.weight.shape))
+        if "latent_embed.weight" in fresh:
+            self.fill_rows(self.latent_embed, text[tags[LATENT]])
+        if "action_embed.weight" in fresh:
+            row = text[tags[ACTION]].clone()
+            if "latent_embed.weight" in weights and self.latent_embed is None:
+                row = weights["latent_embed.weight"][:].mean(0)
+                text[tags[ACTION]] = text[tags[LATENT]]
+                fill(self.text_embed.weight, text)
+            self.fill_rows(self.action_embed, row)
 
-    def parameter_groups(
-        self, lr: float, head_lr: float, fresh: Collection[str], freeze_vision: bool
-    ) -> list[dict]:
-        """Optimizer groups: `fresh` tensors at head_lr x lr, others at lr or frozen (paper 3.2)"""
-        if freeze_vision and self.patches:  # codes come from a VQGAN that is frozen anyway
-            for p in (*self.patch_embed.parameters(), self.patch_position):
-                p.requires_grad_(False)
+    def fill_rows(self, table: nn.Embedding, row: Tensor) -> None:
+        """Begin every row [D] of a table alike"""
+        fill(table.weight, row.expand(table.weight.shape))
+
+    def freeze_vision(self) -> None:
+        """Keep the embedding of linear patches as it is (paper 3.2).  A model that reads codes has
+        none: their VQGAN is frozen anyway."""
+        if self.reads_patches:
+            for parameter in (*self.patch_embed.parameters(), self.patch_position):
+                parameter.requires_grad_(False)
+
+    def parameter_groups(self, lr: float, head_lr: float, fresh: Collection[str]) -> list[dict]:
+        """Optimizer groups: the tensors named in `fresh` at head_lr x lr, the others at lr"""
         new = [p for name, p in self.named_parameters() if name in fresh]
-        inherited = [p for name, p in self.named_parameters() if name not in fresh]
-        return [{"params": inherited, "lr": lr}, {"params": new, "lr": lr * head_lr}]
+        old = [p for name, p in self.named_parameters() if name not in fresh]
+        return [{"params": old, "lr": lr}, {"params": new, "lr": lr * head_lr}]
 
     def vocabularies(self) -> dict[int, tuple[nn.Embedding, nn.Linear]]:
         """Vocabulary -> (table, head) for those this model has"""
@@ -296,6 +308,7 @@ class VLA(nn.Module):
 
     def embed(self, tokens: Tensor, kinds: Tensor, images: Tensor | None) -> Tensor:
         """tokens, kinds int64 [B, L]; images float [B, 3, H, W] or None -> [B, L, D]"""
+        # Every table reads all positions, 0 where they are not its own, and only its own count.
         x = sum(
             table(torch.where(kinds == kind, tokens, 0)) * (kinds == kind)[..., None]
             for kind, (table, _) in self.vocabularies().items()
@@ -309,21 +322,23 @@ class VLA(nn.Module):
     def attention_inputs(
         self, x: Tensor, valid: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What each block's attention needs beside embeddings x [.., S, D]: cos and sin
-        [B or 1, 1, S, dim_head] and a mask [B, 1, S, S], None for a causal one.
+        """-> what attention needs besides the embeddings: cos and sin [B or 1, 1, S, dim_head], and
+        a mask [B, 1, S, S], or None for a causal one.
 
-        valid bool [B, S]: which places are no padding (None: all of them)"""
+        x [B, L, D] are the embeddings; valid bool [B, S]: which positions are not padding, also of
+        tokens to come (None: all L are valid, S = L)"""
         if valid is None:
-            every = torch.arange(x.shape[1], device=x.device)[None]  # 1 S
-            return *rope(every, self.config), None
-        return *rope(positions(valid), self.config), causal_mask(valid, x.dtype)
+            cos, sin = rope(torch.arange(x.shape[1], device=x.device)[None], self.config)
+            return cos, sin, None
+        cos, sin = rope(positions(valid), self.config)
+        return cos, sin, causal_mask(valid, x.dtype)
 
     def body(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, at: Tensor | None = None
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, slots: Tensor | None = None
     ) -> Tensor:
         """Embeddings [B, L, D] -> final hidden states [B, L, D]; the rest: see Block"""
         for block in self.layers:
-            x = block(x, cos, sin, mask, at)
+            x = block(x, cos, sin, mask, slots)
         return self.norm(x)
 
     def forward(
@@ -363,8 +378,9 @@ class VLA(nn.Module):
         target = rows["targets"][chosen]  # n
         wanted = target
         if isinstance(soft, list):
-            place = (chosen.cumsum(1) - 1)[chosen]  # n, of each token in its answer
-            width = torch.tensor(soft, device=target.device)[place, None].clamp(min=1e-3)  # n 1
+            in_answer = (chosen.cumsum(1) - 1)[chosen]  # n, each token's index in its answer
+            width = torch.tensor(soft, device=target.device)[in_answer, None]  # n 1
+            width = width.clamp(min=1e-3)  # 0, a single right token, without a division by 0
             wanted = soft_targets(target, logits.shape[-1], width)
         elif soft:
             wanted = soft_targets(target, logits.shape[-1], soft)
@@ -397,39 +413,39 @@ class VLA(nn.Module):
         inputs = self.attention_inputs(x, valid)
         token = self.prefill(x, *inputs, kind).clone()  # B 1; a CUDA graph reuses its output
         answer = [token]
-        at = torch.arange(L, L + 1, device=tokens.device)
+        slots = torch.arange(L, L + 1, device=tokens.device)  # 1, the slot of the next token
         for _ in range(count - 1):
-            token = self.decode_one_token(token, at, *inputs, kind).clone()  # B 1
+            token = self.decode_one_token(token, slots, *inputs, kind).clone()  # B 1
             answer.append(token)
-            at = at + 1
+            slots = slots + 1
         answer = torch.cat(answer, dim=1)  # B count
         return zero_after_end(answer) if official_eos else answer
 
-    def reserve_cache(self, batch: int, places: int) -> None:
+    def reserve_cache(self, batch: int, slots: int) -> None:
         """A KVCache in each block; one of the right shape stays where it is, whatever it holds"""
-        shape = batch, self.config.heads, places, self.config.dim_head
+        shape = batch, self.config.heads, slots, self.config.dim_head
         for block in self.layers:
             if block.cache is None or block.cache.keys.shape != shape:
                 block.cache = KVCache(shape, self.norm.weight)
 
     def prefill(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, kind: int) -> Tensor:
         """A prompt's embeddings [B, L, D] -> the token after it, int64 [B, 1].  Fills the first L
-        of the S places of the cache; cos, sin, mask: see attention_inputs"""
-        at = torch.arange(x.shape[1], device=x.device)
-        return self.next_token(x, at, cos, sin, mask, kind)
+        of the S slots of the cache; cos, sin, mask: see attention_inputs"""
+        slots = torch.arange(x.shape[1], device=x.device)
+        return self.next_token(x, slots, cos, sin, mask, kind)
 
     def decode_one_token(
-        self, token: Tensor, at: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, kind: int
+        self, token: Tensor, slots: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, kind: int
     ) -> Tensor:
-        """The token int64 [B, 1] at the place `at`, int64 [1] -> the one after it, int64 [B, 1]"""
+        """The token int64 [B, 1] in the slot int64 [1] -> the one after it, int64 [B, 1]"""
         table, _ = self.vocabularies()[kind]
-        return self.next_token(table(token), at, cos, sin, mask, kind)
+        return self.next_token(table(token), slots, cos, sin, mask, kind)
 
     def next_token(
-        self, x: Tensor, at: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, kind: int
+        self, x: Tensor, slots: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, kind: int
     ) -> Tensor:
-        """Embeddings [B, L, D] at the places `at`, int64 [L] -> the token after the last, [B, 1]"""
-        hidden = self.body(x, cos[:, :, at], sin[:, :, at], mask[:, :, at], at)  # B L D
+        """Embeddings [B, L, D] in the slots int64 [L] -> the token after the last, [B, 1]"""
+        hidden = self.body(x, cos[:, :, slots], sin[:, :, slots], mask[:, :, slots], slots)  # B L D
         return self.score(hidden[:, -1], kind).argmax(-1, keepdim=True)
 
     def compile_decode(self) -> None:
@@ -441,7 +457,7 @@ class VLA(nn.Module):
 
 
 def build_vla(config: VLAConfig) -> VLA:
-    """A VLA; from some 1e9 parameters on without memory, which Processes.shard then gives it"""
+    """A VLA; from some 1e9 parameters on without memory, which training.place then gives it"""
     large = 12 * config.layers * config.dim**2 > 1e9
     with torch.device("meta" if large else "cpu"):
         return VLA(config)

@@ -175,7 +175,7 @@ def test_three_official_training_steps(folder: str, loss_of: Callable[..., Tenso
     net, info = load_vla(recording(f"{folder}/params")), values(f"{folder}/info.json")
     rows = read_rows(arrays(f"{folder}/inputs.npz"))
     optimizer = training.make_optimizer(
-        net.parameter_groups(2e-5, 1.0, (), False), betas=(0.9, 0.95), weight_decay=0.0
+        net.parameter_groups(2e-5, 1.0, ()), betas=(0.9, 0.95), weight_decay=0.0
     )
     for step, golden in enumerate(info["train_metrics_fp32"]):
         loss = loss_of(net, rows)

@@ -88,7 +88,7 @@ def train_rank(rank, folder, port):
     torch.manual_seed(0)
     net = LAQ(LAQConfig(**{name: getattr(c, name) for name in LAQConfig.__dataclass_fields__}))
     net.quantizer.codebook.data.fill_(30)
-    training.place(net, c, processes, net.blocks, unsharded=[net.quantizer.codebook])
+    training.place(net, c, processes, net.all_layers, unsharded=[net.quantizer.codebook])
     optimizer = quantize.make_optimizer(net, c.lr, c.codebook_lr)
     pairs = torch.from_numpy(np.random.default_rng(0).random((8, 2, 3, 32, 32), np.float32))
     for step in range(20):
