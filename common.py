@@ -51,12 +51,12 @@ def fail(message: object) -> NoReturn:
 
 @contextlib.contextmanager
 def refuse(
-    what: str, kinds: tuple[type[BaseException], ...] = (ValueError, OSError, TypeError)
+    what: str, errors: tuple[type[BaseException], ...] = (ValueError, OSError, TypeError)
 ) -> Iterator[None]:
-    """Inside it an error of these kinds becomes one line that begins with `what`"""
+    """Inside it, one of these errors becomes one line that begins with `what`"""
     try:
         yield
-    except kinds as error:
+    except errors as error:
         if isinstance(error, OSError) and error.errno in MACHINE_FAULTS:
             fail(f"{error.filename or what}: {error.strerror}")
         fail(f"{what}: {cause(error)}".partition("\n")[0])
@@ -345,28 +345,30 @@ def latest(path: str | Path) -> Path:
     return path / pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else path
 
 
-def open_checkpoint(path: str | Path, option: str, stages: tuple[str, ...]) -> tuple[Path, dict]:
+def open_checkpoint(path: str | Path, asked_by: str, stages: tuple[str, ...]) -> tuple[Path, dict]:
     """A run's folder or a checkpoint's own -> the checkpoint's, and meta (config.json).  Refuses,
-    naming the option that asked for it, where there is none, and those of other stages."""
+    naming the option asked_by, where there is none, and those of other stages."""
     path = latest(path)
     if not (path / "config.json").is_file() or not all(f.is_file() for f in weight_files(path)):
-        fail(f"--{option} {path}: no checkpoint there (expected config.json and model.safetensors)")
-    with refuse(f"--{option} {path}: unreadable checkpoint"):
+        fail(
+            f"--{asked_by} {path}: no checkpoint there (expected config.json and model.safetensors)"
+        )
+    with refuse(f"--{asked_by} {path}: unreadable checkpoint"):
         meta = json.loads((path / "config.json").read_text(encoding="utf-8"))
         if not isinstance(meta, dict) or not {"stage", "model", "step"} <= meta.keys():
             raise ValueError("config.json lacks stage, model or step")
     if meta["stage"] not in stages:
-        fail(f"--{option} {path}: holds stage {meta['stage']!r}, expected {' or '.join(stages)}")
+        fail(f"--{asked_by} {path}: holds stage {meta['stage']!r}, expected {' or '.join(stages)}")
     return path, meta
 
 
 def load_checkpoint(
-    path: str | Path, option: str, stages: tuple[str, ...]
+    path: str | Path, asked_by: str, stages: tuple[str, ...]
 ) -> tuple[dict[str, object], dict]:
     """-> weights (name -> safetensors slice, read when indexed), meta.  Refuses what
     open_checkpoint does."""
-    path, meta = open_checkpoint(path, option, stages)
-    with refuse(f"--{option} {path}: unreadable checkpoint", (OSError, SafetensorError)):
+    path, meta = open_checkpoint(path, asked_by, stages)
+    with refuse(f"--{asked_by} {path}: unreadable checkpoint", (OSError, SafetensorError)):
         weights = {}
         for name in weight_files(path):
             file = safe_open(name, "pt")

@@ -63,14 +63,14 @@ class Policy:
     def __init__(
         self,
         path: str | Path,
-        option: str = "policies",
+        asked_by: str = "policies",
         stages: Sequence[str] = ("finetune",),
         bf16: bool = False,
         compiled: bool = False,
     ) -> None:
-        weights, meta = common.load_checkpoint(path, option, stages)
+        weights, meta = common.load_checkpoint(path, asked_by, stages)
         self.device = training.set_up_device()
-        with common.refuse(f"--{option} {path}"):
+        with common.refuse(f"--{asked_by} {path}"):
             self.model = self._build_model(weights, meta["model"], bf16)
         self.prompt_multiple = 16 if compiled else 1  # prompts are padded to that
         if compiled:
@@ -82,8 +82,8 @@ class Policy:
         self.known_instructions = set()  # those of which a word is known
         self._read_kind_of_answer(meta)
         if self.kind not in self.model.vocabularies():
-            common.fail(f"--{option} {path}: predicts neither latent nor robot actions")
-        self.vqgan = data.open_vqgan(path, option, self.device, meta["model"])
+            common.fail(f"--{asked_by} {path}: predicts neither latent nor robot actions")
+        self.vqgan = data.open_vqgan(path, asked_by, self.device, meta["model"])
 
     def _build_model(self, weights: Mapping[str, Any], shape: dict, bf16: bool) -> VLA:
         """A VLA of this shape (VLAConfig's fields) with these weights, to infer with"""

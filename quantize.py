@@ -296,10 +296,10 @@ def laq_shape(meta: dict) -> dict:
     return {"code_relu": not shape.get("official_peg", False), **shape}
 
 
-def load_laq(path: str | Path, option: str = "laq") -> tuple[LAQ, dict]:
+def load_laq(path: str | Path, asked_by: str = "laq") -> tuple[LAQ, dict]:
     """A checkpoint's LAQ, in evaluation mode, and its meta"""
-    weights, meta = common.load_checkpoint(path, option, ("quantize",))
-    with common.refuse(f"--{option} {path}"):
+    weights, meta = common.load_checkpoint(path, asked_by, ("quantize",))
+    with common.refuse(f"--{asked_by} {path}"):
         model = LAQ(LAQConfig(**laq_shape(meta)))
         load_strictly(model, weights)
     return model.to(training.set_up_device()).eval(), meta

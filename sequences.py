@@ -275,7 +275,7 @@ class Sequences:
         self, episodes: Sequence[Episode], answers: Sequence[Answers], kind: int
     ) -> None:
         """Exit if `length` leaves an episode's rows without an answer; print how many it cuts"""
-        room = self.length - self.official_cut  # whose mask ends one token earlier
+        room = self.length - int(self.official_cut)  # the official mask ends one token earlier
         no_room: list[str] = []
         cut_rows, first_cut, longest = 0, "", 0
         for episode, episode_answers in zip(episodes, answers, strict=True):

@@ -195,9 +195,7 @@ class Processes:
         """Leave the peers"""
         if self.world > 1:
             dist.destroy_process_group()
-            time.sleep(
-                0.5
-            )  # gloo's threads drop their last tensors; while Python exits, that aborts
+            time.sleep(0.5)  # until gloo's threads drop their tensors: later, at exit, that aborts
 
 
 def set_up_device() -> torch.device:
@@ -300,7 +298,7 @@ def check_compiler(device: torch.device, wanted_by: str) -> None:
 
 # ------------------------------------------------------------------------ one optimization step
 def make_optimizer(
-    groups: list[dict], kind: type[Optimizer] = torch.optim.AdamW, **settings: object
+    groups: list[dict], optimizer_class: type[Optimizer] = torch.optim.AdamW, **settings: object
 ) -> Optimizer:
     """Optimizer over groups [{"params": [...], "lr": peak rate}] of the parameters that learn"""
     learning = []
@@ -308,7 +306,7 @@ def make_optimizer(
         params = [p for p in group["params"] if p.requires_grad]
         if params:
             learning.append({**group, "params": params, "peak": group["lr"]})
-    return kind(learning, fused=True, **settings)
+    return optimizer_class(learning, fused=True, **settings)
 
 
 def set_learning_rate(optimizer: Optimizer, config: TrainConfig, step: int) -> None:
@@ -449,9 +447,10 @@ class Run:
             return
         folder = self.last_checkpoint / "training"
         state = training_state(model, optimizer)
-        own_groups = state["optimizer"].pop("param_groups")  # rates and such are this run's own
-        kinds = (Exception, CheckpointException)
-        with refuse(f"--out {self.last_checkpoint}: cannot be continued", kinds):
+        own_groups = state["optimizer"].pop("param_groups")  # rates and such stay this run's own
+        errors = (Exception, CheckpointException)
+        with refuse(f"--out {self.last_checkpoint}: cannot be continued", errors):
+            # dcp.load fills the tensors of `state` in place.
             dcp.load({"model": state["model"]}, checkpoint_id=folder)
             dcp.load(
                 {"optimizer": state["optimizer"]},
@@ -476,8 +475,8 @@ class Run:
             self.signals.append(number)
             signal.signal(number, previous[number])
 
-        kinds = (signal.SIGTERM, signal.SIGINT)
-        previous = {kind: signal.signal(kind, note_signal) for kind in kinds}
+        stop_signals = (signal.SIGTERM, signal.SIGINT)
+        previous = {number: signal.signal(number, note_signal) for number in stop_signals}
         self.bar = tqdm(
             range(self.start, self.config.steps),
             self.stage,
@@ -498,8 +497,8 @@ class Run:
                     )
                     raise SystemExit(128 + max(self.signals, default=signal.SIGTERM))
         finally:
-            for kind, handler in previous.items():
-                signal.signal(kind, handler)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
     def is_due(self, step: int, every: int) -> bool:
         """Whether what happens every so many steps (0: never), and at the end, is due after this"""
@@ -575,10 +574,10 @@ class Run:
             draft_folder = atomically(final, "draft", durable=True)
         else:
             draft_folder = contextlib.nullcontext(self.out / f".{final.name}.draft")
-        kinds = (OSError, RuntimeError, SafetensorError, CheckpointException)
-        kept = self.last_checkpoint or "nothing"
+        errors = (OSError, RuntimeError, SafetensorError, CheckpointException)
+        last_good = self.last_checkpoint or "nothing"
         with (
-            refuse(f"{final}: not written, {kept} is the last checkpoint", kinds),
+            refuse(f"{final}: not written, {last_good} is the last checkpoint", errors),
             draft_folder as draft,
         ):
             if main:

@@ -207,7 +207,7 @@ def place_arms(arms: list[str]) -> dict[str, float]:
 
 
 def videos_of(arm: str) -> str:
-    """What an arm saw before finetuning, from its name in the Makefile"""
+    """What an arm saw before finetuning, from its name in baselines/compare.sh"""
     if arm in ("RANDOM", "SCRATCH"):
         return "no videos"
     return "human videos" if arm.endswith(" human") else "robot videos"

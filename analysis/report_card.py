@@ -121,19 +121,16 @@ def probe_motion(
     )
     if not fit_set or not test_set:
         return {}
-    codes = [
-        np.concatenate([*label_episodes(model, part, window).values()])
-        for part in (fit_set, test_set)
-    ]
-    motion = [
-        np.concatenate([window_motion(e, window) for e in part]) for part in (fit_set, test_set)
-    ]
-    shuffled = [rng.permutation(rows) for rows in codes]
+    fit_codes = np.concatenate([*label_episodes(model, fit_set, window).values()])
+    test_codes = np.concatenate([*label_episodes(model, test_set, window).values()])
+    fit_motion = np.concatenate([window_motion(episode, window) for episode in fit_set])
+    test_motion = np.concatenate([window_motion(episode, window) for episode in test_set])
     size = model.config.codebook_size
-    return {
-        "probe_r2": probe_r2(codes[0], motion[0], codes[1], motion[1], size),
-        "probe_r2_shuffled": probe_r2(shuffled[0], motion[0], shuffled[1], motion[1], size),
-    }
+    r2 = probe_r2(fit_codes, fit_motion, test_codes, test_motion, size)
+    fit_codes = rng.permutation(fit_codes)
+    test_codes = rng.permutation(test_codes)
+    r2_shuffled = probe_r2(fit_codes, fit_motion, test_codes, test_motion, size)
+    return {"probe_r2": r2, "probe_r2_shuffled": r2_shuffled}
 
 
 def markdown(card: Card) -> str:

@@ -1,4 +1,4 @@
-"""Gain of each fast path in model.py over the plain form beside it.
+"""Gain of each fast path in model/laq.py over the plain form beside it.
 
     OMP_NUM_THREADS=1 python -m benchmarks.fast_paths
 

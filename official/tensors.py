@@ -74,10 +74,9 @@ def read_size(source: Source, *places: tuple[str, int]) -> int:
     """Read one size of a network off axes of tensors that are named one by one.
 
     places: (tensor name, axis), at most three: where the size is defined, where it has to be the
-    same, and what decides when the first two differ.  So a size survives one damaged tensor, which
-    `match` then names.  Raises ValueError that names the tensors if all are missing, or if no
-    two of them agree.
-    """
+    same, and what decides when these two differ.  The size is the one that two of them agree on, so
+    that with one damaged tensor `match` still compares all others and names that one.  Raises
+    ValueError that names the tensors if all are missing, or if no two of them agree."""
     names = [name for name, _ in places]
     sizes = [size for place in places if (size := axis_size(source, *place)) is not None]
     if not sizes:

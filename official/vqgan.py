@@ -1,7 +1,7 @@
 """LWM's image tokenizer, a VQGAN (frozen): the full-size VLA reads an image as its codes.
 
 Follows lwm/vqgan.py of github.com/LargeWorldModel/LWM.  Letters in shape comments as in
-model.py: B batch, C channels, H W pixels, h w latent pixels, N = h w codes of an image."""
+model/: B batch, C channels, H W pixels, h w latent pixels, N = h w codes of an image."""
 
 import hashlib
 import json
@@ -197,7 +197,10 @@ def check_fit(config: VQGANConfig, patch_size: int, vision_vocab: int) -> None:
 
 
 # ------------------------------------------------------------------------ from the official pickle
-VQGAN_NAMES = (  # ours -> official
+# ours -> official, one replacement after another, for example:
+#   encoder.levels.0.1.norm0.weight -> encoder/DownsamplingBlock_0/ResnetBlock_1/GroupNorm_0/scale
+#   decoder.levels.1.4.bias -> decoder/UpsamplingBlock_1/Upsample_0/Conv_0/bias
+VQGAN_NAMES = (
     (r"^codebook$", "quantize/embeddings"),
     (r"^to_code", "quant_conv"),
     (r"^from_code", "post_quant_conv"),
