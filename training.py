@@ -111,6 +111,7 @@ class TrainConfig:
 MAY_CHANGE = {field.name for field in dataclasses.fields(TrainConfig)}
 MAY_CHANGE -= {"where", "held_out", "batch", "seed"}
 PATH_OPTIONS = {"laq", "labels_file", "init_from", "vqgan"}
+RENAMED = {"latents": "labels_file"}  # marks of older runs: their name -> today's
 
 
 # ------------------------------------------------------------------------ processes
@@ -413,8 +414,9 @@ class Run:
             options = meta["options"] | meta["model"]
             return {k: v for k, v in options.items() if k not in MAY_CHANGE | PATH_OPTIONS}
 
+        identity = {RENAMED.get(key, key): mark for key, mark in found["identity"].items()}
         for ours, theirs in (
-            (self.meta["identity"], found["identity"]),
+            (self.meta["identity"], identity),
             (fixed_options(self.meta), fixed_options(found)),
         ):
             for key in sorted(ours.keys() & theirs.keys()):

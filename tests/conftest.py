@@ -1,10 +1,12 @@
-"""What the test files share: the repository's path, ways to run a stage, hand-made datasets."""
+"""What the test files share: the repository's path, ways to run a stage, the runs of all stages,
+hand-made datasets."""
 
 import json
 import os
 import runpy
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -16,11 +18,21 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from small import SEQUENCES  # noqa: E402
+from runs import WAVES, fill_in  # noqa: E402 (these import the repository, on the path only now)
+from small import SEQUENCES  # noqa: E402 (as above)
 
-from model import VLA, VLAConfig  # noqa: E402 now that the repository is on the path
+from model import VLA, VLAConfig  # noqa: E402 (as above)
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+TAKES_LONG = {"runs", "trained"}  # fixtures: a minute, half a minute
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items):
+    """Whatever waits for the runs of all stages is slow"""
+    for item in items:
+        if TAKES_LONG & set(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
 
 
 def make_film(path, frames, rate=5, codec="libx264", pixels="yuv420p", times=None):
@@ -67,6 +79,7 @@ def inside(monkeypatch):
         monkeypatch.setattr(sys, "argv", [module or script, *map(str, words)])
         try:
             if module:
+                monkeypatch.delitem(sys.modules, module, raising=False)  # as in a fresh process
                 runpy.run_module(module, run_name="__main__", alter_sys=True)
             else:
                 runpy.run_path(str(ROOT / script), run_name="__main__")
@@ -77,10 +90,43 @@ def inside(monkeypatch):
     return run
 
 
+@pytest.fixture(scope="session")
+def all_runs(tmp_path_factory, start):
+    """-> the folder of all runs, and {name: finished process}"""
+    folder = tmp_path_factory.mktemp("runs")
+    finished = {}
+
+    def work(line):
+        return start(*fill_in(line, {"DIR": folder}).split())
+
+    with ThreadPoolExecutor(2) as pool:
+        for wave in WAVES:
+            finished.update(zip(wave, pool.map(work, wave.values()), strict=True))
+    return folder, finished
+
+
+@pytest.fixture(scope="session")
+def runs(all_runs):
+    """The folder of what all commands of runs.py have written: to be read and copied"""
+    return all_runs[0]
+
+
+@pytest.fixture
+def call(inside, runs, tmp_path):
+    """call("quantize.py --data DIR/table --out OUT", "--seed", 1) -> exit code of that command
+    line, within this process.  DIR: the folder of all runs; OUT: a new one"""
+
+    def run(line, *more, **folders):
+        line = fill_in(line, {"DIR": runs, "OUT": tmp_path / "out"} | folders)
+        return inside(*line.split(), *more)
+
+    return run
+
+
 @pytest.fixture
 def make_dataset(tmp_path, monkeypatch):
     """make_dataset({"a": 5}): a dataset of one random video of 5 frames with actions -> its folder.
-    change(root, rows) may break things before episodes.jsonl is written.  Its cache is fresh."""
+    change(root, rows) may break things before episodes.jsonl is written.  The cache is fresh."""
     monkeypatch.setenv("LAPA_CACHE", str(tmp_path / "cache"))
 
     def make(lengths, change=lambda root, rows: None, size=8, root=tmp_path / "dataset"):
@@ -107,7 +153,8 @@ def make_dataset(tmp_path, monkeypatch):
 
 @pytest.fixture
 def vla():
-    """A VLA of 2 layers that reads 4 patches, the words of small.SEQUENCES, and both kinds of action"""
+    """A VLA of 2 layers that reads 4 patches, the words of small.SEQUENCES, and both kinds of
+    action"""
     torch.manual_seed(0)
     net = VLA(
         VLAConfig(

@@ -1,5 +1,6 @@
 """The analysis room: figures of the report card, atlas, charts, and how the pictures are made."""
 
+import errno
 import importlib.util
 import json
 import re
@@ -130,6 +131,18 @@ def test_a_contact_sheet_puts_titles_in_columns_and_pictures_in_rows(tmp_path):
     assert (sheet[16:, 14:] == 255).all()
 
 
+def test_a_picture_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys):
+    def full(self, *args, **named):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(SystemExit) as stop:
+        atlas.contact_sheet({"x": torch.zeros(2, 3, 8, 8)}, tmp_path / "x.gif")
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.endswith("x.gif: not written: No space left on device\n")
+    assert list(tmp_path.iterdir()) == []
+
+
 # ---------------------------------------------------------------- charts
 TABLE = """| probe | x |
 |---|---|
@@ -160,9 +173,8 @@ def make_run(folder, stages=("quantize", "pretrain", "finetune", "scratch")):
 
 
 @pytest.fixture
-def draw(inside, monkeypatch):
+def draw(inside):
     """draw("arms", "--out", ..) -> exit code of `python -m analysis.charts arms --out ..`"""
-    monkeypatch.delitem(sys.modules, "analysis.charts")  # as in a process of its own
     return partial(inside, "-m", "analysis.charts")
 
 

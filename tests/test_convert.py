@@ -158,6 +158,7 @@ def write_params(
     return max(2 * int(np.prod(dims)) for dims in tensors.values())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="no /proc to read peaks from")
 def test_conversion_holds_three_tensors_and_a_shard_at_most(tmp_path):
     script = (
@@ -347,9 +348,9 @@ def test_official_weights_through_every_stage(
     root = make_dataset({"a": 6, "b": 5}, size=40)
     tokenizer = sequences.train_tokenizer(["push it", sequences.OFFICIAL_TEMPLATE])
     tokenizer.save(str(root / "tokenizer.json"))
-    few = ("--steps", 2, "--batch", 2, "--held_out", 1, "--data", root)
+    short = ("--steps", 2, "--batch", 2, "--held_out", 1, "--data", root)
     laq = tmp_path / "laq"
-    assert inside("quantize.py", "--preset", "tiny", *few, "--out", laq) == 0
+    assert inside("quantize.py", "--preset", "tiny", *short, "--out", laq) == 0
     lapa7b, lwm = recording("sampler/params"), tmp_path / "params"
     found, blob = split_stream(lapa7b)  # LWM itself knows no latent actions
     kept = [blob[begin:end] for name, begin, end in found if not re.search("dte|delta", name)]
@@ -357,15 +358,15 @@ def test_official_weights_through_every_stage(
     beside = recording("sampler/vqgan"), root / "tokenizer.json"
     assert convert(lapa7b, *beside, tmp_path / "lapa7b", "--heads", 2) == 0
     assert convert(lwm, *beside, tmp_path / "lwm", "--heads", 2) == 0
-    few = ("--preset", "lapa", *few, "--init_from")
+    lapa = ("--preset", "lapa", *short, "--init_from")
     more = ("--laq", laq, "--official_text_mask", "true", "--out", tmp_path / "lapa")
-    assert inside("pretrain.py", *few, tmp_path / "lwm", *more) == 0
+    assert inside("pretrain.py", *lapa, tmp_path / "lwm", *more) == 0
     (codes,) = (tmp_path / "cache").glob("codes_*/*.bin")
     assert codes.stat().st_size == (5 + 6) * 256 * 2
     assert "fresh: latent_embed.weight, latent_head.weight\n" in capsys.readouterr().out
     for shift in (0, 0.1):
         more = ("--shift", shift, "--out", tmp_path / f"robot{shift}")
-        assert inside("finetune.py", *few, tmp_path / "lapa", *more) == 0
+        assert inside("finetune.py", *lapa, tmp_path / "lapa", *more) == 0
     ask = ("evaluate.py", "predict", "--instruction", "push it", "--policy")
     for run, said, n in (
         ("lapa7b", "latent action: [", 4),

@@ -15,7 +15,6 @@ from conftest import ROOT, make_film
 from PIL import Image
 from safetensors.numpy import save_file
 
-import common
 import data
 
 LANGUAGE_TABLE = ROOT.parent / "shared" / "data" / "language-table"
@@ -193,7 +192,7 @@ def test_cache_is_read_renewed_and_repaired(make_dataset, tmp_path):
     assert np.array_equal(frames(), first)
     np.save(folder / "videos/a.npy", np.full((5, 8, 8, 3), 9, np.uint8))  # the source changed
     assert (frames() == 9).all()
-    rows.write_bytes(rows.read_bytes()[:-1])  # its end is lost and made anew
+    rows.write_bytes(rows.read_bytes()[:-1])  # its end is lost and decoded again
     assert (frames() == 9).all() and rows.stat().st_size == 2 * first.nbytes
 
 
@@ -254,6 +253,21 @@ def test_draw_is_a_pure_function_of_seed_and_step():
     assert once != data.draw(3, 18, 2000, [2, 50]) and once != data.draw(4, 17, 2000, [2, 50])
     assert {t for e, t in once if e == 0} == {0, 1} and {t for e, t in once if e} == set(range(50))
     assert abs(sum(e for e, _ in once) / 2000 - 0.5) < 0.05  # clips, not frames, are equally likely
+
+
+def test_processes_sample_their_rows_of_one_global_batch():
+    episodes = [data.Episode(name, "x", 5, {}, np.zeros((9, 8, 8, 3), np.uint8)) for name in "ab"]
+    counts = [9, 4]  # frames with an answer
+    expected = data.draw(3, 17, 8, counts)
+    one, first, second = (
+        data.FrameSampler(episodes, counts, seed=3, global_batch=8, local_rows=rows)
+        for rows in (slice(None), slice(0, 4), slice(4, 8))
+    )
+    assert one.frames(17) == first.frames(17) + second.frames(17) == expected
+    assert len(first.frames(17)) == 4 and first.frames(18) != first.frames(17) == first.frames(17)
+    assert one.episode_ids(17) == ["ab"[episode] for episode, _ in expected]
+    assert second.episode_ids(17) == one.episode_ids(17)[4:]
+    assert all(frame < counts[episode] for step in range(99) for episode, frame in one.frames(step))
 
 
 def test_random_shift_moves_both_frames_alike():
@@ -501,54 +515,3 @@ def test_rounding_adds_no_values(capsys):
     assert edges.tolist() == [0, 0, 1]
     dense = np.linspace(0.9, 1, 200_001)[:, None]  # neighbors are as near to each other as these
     assert len(data.fit_bins(dense)[0]) == 257
-
-
-# ---------------------------------------------------------------- --where
-def matching(rows, where):
-    return common.matching(rows, where, "x")
-
-
-WHERE = [
-    {"id": "a", "success": True, "fps": 5, "note": None, "task": "push"},
-    {"id": "b", "success": False, "fps": 5.0, "note": "null", "task": "pull, then push"},
-    {"id": "c", "success": "true", "fps": 7, "level": 1},
-]
-
-
-@pytest.mark.parametrize(
-    "where, ids",
-    [
-        ("success=true", "ac"),
-        ("success=True", "a"),
-        ("success=false", "b"),
-        ("fps=5", "ab"),
-        ("fps=5.0", "ab"),
-        ("fps=7e0", "c"),
-        ("note=null", "ab"),
-        ("task=push", "a"),
-        ("level=1", "c"),
-        ('task="push"', "a"),
-        ("task=pull, then push", "b"),
-        ('task="pull, then push",success=false', "b"),
-        ("fps=5,success=false", "b"),
-        ("", "abc"),
-    ],
-)
-def test_where_compares_values_as_json(where, ids):
-    assert "".join(row["id"] for row in matching(WHERE, where)) == ids
-
-
-@pytest.mark.parametrize(
-    "where, said",
-    [
-        ("success=1", "no episode with success=1"),
-        ("level=true", "no episode with level=true"),
-        ("sucess=true", "none has a field 'sucess'"),
-        ("fps", "expected name=value"),
-        ("=5", "expected name=value"),
-    ],
-)
-def test_where_refuses_conditions_that_no_episode_meets(capsys, where, said):
-    with pytest.raises(SystemExit):
-        matching(WHERE, where)
-    assert said in capsys.readouterr().err

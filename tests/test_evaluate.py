@@ -119,6 +119,31 @@ def test_options_have_the_types_that_the_simulator_says(refused, add_simulator):
     refused(lambda: open_simulator("other", 1, "far", options="size=8"), "this simulator has none")
 
 
+# ---------------------------------------------------------------- policies on the table top
+def test_evaluation_counts_every_policy_and_split(runs):
+    arms = json.loads((runs / "evaluate/results.json").read_text())["arms"]
+    assert list(arms) == ["LAPA", "SCRATCH", "RANDOM", "EXPERT"]
+    for row in (arm[split] for arm in arms.values() for split in ("seen", "unseen")):
+        p = row["success"] / 100
+        assert row["n"] == 5 == sum(family["n"] for family in row["families"].values())
+        assert row["se"] == pytest.approx(100 * (p * (1 - p) / 5) ** 0.5, abs=0.01)
+
+
+def test_the_expert_always_succeeds(inside, tmp_path):
+    words = ("--policies", "E=expert", "--episodes", 40, "--film", 0, "--out", tmp_path)
+    assert inside("evaluate.py", *words) == 0
+    arm = json.loads((tmp_path / "results.json").read_text())["arms"]["E"]
+    assert arm["seen"]["success"] == arm["unseen"]["success"] == 100
+
+
+def test_a_policy_may_lie_in_a_folder_with_a_comma(runs, call, tmp_path):
+    shutil.copytree(runs / "LAPA", tmp_path / "a,b")
+    line = "evaluate.py --episodes 2 --max_steps 1 --film 0 --out OUT --policies"
+    assert call(line, f"A={tmp_path}/a,b,B=random") == 0
+    arms = json.loads((tmp_path / "out/results.json").read_text())["arms"]
+    assert list(arms) == ["A", "B"]
+
+
 # ---------------------------------------------------------------- a simulator in one file
 def test_a_simulator_is_added_as_one_file(inside, add_simulator, tmp_path):
     """The one of docs/simulators.md, whose actions, families and splits are not the table top's"""

@@ -114,7 +114,7 @@ def test_the_misread_peg_convolves_patches_of_both_frames_as_if_they_were_one():
 
 @pytest.mark.parametrize("code_len, grid", [(1, 8), (2, 8), (4, 8), (16, 16), (64, 16), (256, 32)])
 def test_the_cnn_of_each_number_of_codes_is_the_official_one(code_len, grid):
-    """A convolution of stride 2, then (but for 64 and 256 codes) ReLU and another one"""
+    """A convolution of stride 2, then (except for 64 and 256 codes) ReLU and another one"""
     cnn, x = code_cnn(grid, code_len, 3), torch.randn(2, 3, grid, grid)
     weights = dict(cnn.named_parameters())
     y = F.conv2d(x, weights["0.weight"], weights["0.bias"], stride=2, padding=1)
@@ -237,22 +237,22 @@ def test_answer_loss_is_the_mean_over_rows_of_the_mean_over_tokens(vla):
 
 
 @pytest.mark.parametrize("parts", [2, 4])
-def test_the_loss_of_rows_that_are_cut_does_not_depend_on_how_a_batch_is_parted(vla, parts):
+def test_the_loss_of_cut_rows_does_not_depend_on_how_a_batch_is_split(vla, parts):
     """The second row has no answer left: it counts as 0, as in the official loss"""
-    few = sequences.Sequences(SEQUENCES.tokenizer, 4, length=14)
+    builder = sequences.Sequences(SEQUENCES.tokenizer, 4, length=14)
     long = "push the red block left push the red block left"
     texts = ["push the red block", long, "red", "block"]
-    rows = few.rows(texts, np.arange(28).reshape(4, 7) % 16, ACTION)
+    rows = builder.rows(texts, np.arange(28).reshape(4, 7) % 16, ACTION)
     answered = (rows["mask"] & (rows["target_kinds"] == ACTION)).any(1).tolist()
     assert answered == [True, False, True, True]
     hidden = torch.randn(*rows["tokens"].shape, 32)
-    whole, right = vla.answer_loss(hidden, rows, ACTION)
-    halves = [
+    expected, _ = vla.answer_loss(hidden, rows, ACTION)
+    pairs = [
         vla.answer_loss(h, {n: x.chunk(parts)[i] for n, x in rows.items()}, ACTION)
         for i, h in enumerate(hidden.chunk(parts))
     ]
-    torch.testing.assert_close(sum(loss for loss, _ in halves) / parts, whole)
-    assert torch.isfinite(torch.stack([part for pair in halves for part in pair])).all()
+    torch.testing.assert_close(sum(loss for loss, _ in pairs) / parts, expected)
+    assert torch.isfinite(torch.stack([part for pair in pairs for part in pair])).all()
 
 
 def test_soft_targets_are_a_gaussian_around_the_true_token():
@@ -279,7 +279,7 @@ def test_padding_sees_itself_and_takes_no_position():
 
 
 def test_each_action_dimension_has_its_own_softness(vla):
-    """A Gaussian over neighbouring bins where these are nearly right, none for a gripper"""
+    """A Gaussian over neighboring bins where these are nearly right, none for a gripper"""
     edges = [np.linspace(0, 1, 257), np.array([-1.0, -1, 1]), np.array([-0.5, 0.5, 1.5])]
     assert data.soft_widths(edges, 8.0) == [8.0, 0.0, 0.0] and data.soft_widths(edges, 0.0) == 0.0
     rows = SEQUENCES.rows(["push", "left"], np.array([[5, 1, 0], [9, 0, 1]]), ACTION)
@@ -302,8 +302,8 @@ def test_generation_with_a_cache_equals_the_full_pass_with_and_without_padding(v
     tokens, kinds, valid = SEQUENCES.prompts(TEXTS, kind)
     images = torch.rand(3, 3, 16, 16) * 2 - 1
     found = vla.generate(tokens, kinds, images, valid, kind, 5)
-    whole = torch.cat((tokens, found), 1), torch.cat((kinds, torch.full_like(found, kind)), 1)
-    hidden = vla(*whole, images, torch.cat((valid, found >= 0), 1))
+    rows = torch.cat((tokens, found), 1), torch.cat((kinds, torch.full_like(found, kind)), 1)
+    hidden = vla(*rows, images, torch.cat((valid, found >= 0), 1))
     assert torch.equal(vla.score(hidden[:, -6:-1], kind).argmax(-1), found)
     for i, text in enumerate(TEXTS):
         tokens, kinds, valid = SEQUENCES.prompts([text], kind)
@@ -316,10 +316,10 @@ def test_decoding_with_the_cache_gives_the_hidden_states_of_the_full_pass(vla):
     tokens, kinds, valid = SEQUENCES.prompts(TEXTS, ACTION)
     images = torch.rand(3, 3, 16, 16) * 2 - 1
     answer = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
-    whole = torch.cat((tokens, answer), 1), torch.cat((kinds, torch.full_like(answer, ACTION)), 1)
+    rows = torch.cat((tokens, answer), 1), torch.cat((kinds, torch.full_like(answer, ACTION)), 1)
     valid = torch.cat((valid, answer > 0), 1)
-    full = vla(*whole, images, valid)
-    x, found, L = vla.embed(*whole, images), [], tokens.shape[1]
+    expected = vla(*rows, images, valid)
+    x, found, L = vla.embed(*rows, images), [], tokens.shape[1]
     cos, sin, mask = vla.attention_inputs(x, valid)
     for block in vla.layers:
         block.cache = model.vla.KVCache((3, 2, L + 3, 16), x)
@@ -331,8 +331,8 @@ def test_decoding_with_the_cache_gives_the_hidden_states_of_the_full_pass(vla):
             inputs = (table[:, :, at] for table in (cos, sin, mask))
             found.append(vla.body(x[:, at], *inputs, at))
     seen = valid[..., None]
-    # Processors round otherwise: 3e-5 apart on one, while a wrong key or place is off by 0.1.
-    torch.testing.assert_close(torch.cat(found, 1) * seen, full * seen, atol=1e-4, rtol=1e-4)
+    # Processors round differently: 3e-5 apart on one, while a wrong key or place is off by 0.1.
+    torch.testing.assert_close(torch.cat(found, 1) * seen, expected * seen, atol=1e-4, rtol=1e-4)
 
 
 def test_the_cache_of_one_prompt_does_no_harm_to_the_next(vla):
@@ -360,10 +360,11 @@ def test_compiled_decoding_gives_the_same_tokens(vla):
     assert torch.equal(vla.generate(tokens, kinds, images, valid, ACTION, 4), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not (shutil.which("g++") and HEADERS.is_file()), reason="no C++ compiler or no Python headers"
 )
-def test_a_control_loop_gives_the_same_tokens(vla):
+def test_a_compiled_control_loop_gives_the_same_tokens(vla):
     tokens, kinds, valid = SEQUENCES.prompts(TEXTS[:1], ACTION)
     images = torch.rand(5, 1, 3, 16, 16) * 2 - 1
 

@@ -1,10 +1,13 @@
-"""Stage 1: the codebook heals, older runs keep their shape"""
+"""Stage 1: the codebook heals, labels are made in the precision of training, older runs keep their
+shape."""
 
 from dataclasses import fields
 
 import numpy as np
 import pytest
 import torch
+from runs import SHORT, same_tensors
+from safetensors.torch import load_file
 from small import SMALL
 
 import common
@@ -39,8 +42,9 @@ def test_a_collapsed_codebook_heals(first, official_rule):
     net = LAQ(LAQConfig(**{f.name: getattr(c, f.name) for f in fields(LAQConfig)}))
     net.quantizer.codebook.data.fill_(50.0)
     optimizer = quantize.make_optimizer(net, c.lr, c.codebook_lr)
-    processes = training.start_processes()
-    c.steps, most = 2000, 0
+    processes = training.Processes(clip=c.clip)
+    c.steps = 2000
+    most = 0
     for step in range(first, first + 200):
         rng = np.random.default_rng(step)
         t, table = rng.integers(10, size=16), rng.integers(64, size=16)
@@ -59,38 +63,29 @@ def test_a_collapsed_codebook_heals(first, official_rule):
     assert (most == 8) != official_rule
 
 
-def test_two_processes_train_one_checkpoint(start, make_dataset, tmp_path):
-    folder, out = make_dataset({f"e{i}": 6 for i in range(4)}), tmp_path / "run"
-    shape = [w for k, v in SMALL.items() for w in (f"--{k}", v)]
-    done = start(
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        2,
-        "quantize.py",
-        "--preset",
-        "tiny",
-        *shape,
-        "--data",
-        folder,
-        "--held_out",
-        1,
-        "--out",
-        out,
-        "--steps",
-        4,
-        "--batch",
-        8,
-        "--log_every",
-        1,
-    )
-    assert done.returncode == 0, done.stderr
-    assert [p.name for p in out.glob("step_*")] == ["step_00000004"]
-    assert len((out / "metrics.jsonl").read_text().splitlines()) == 4
-    assert training.share_of_batch(8, rank=1, world=2, accumulate=1) == slice(4, 8)
-    with pytest.raises(SystemExit):
-        training.share_of_batch(8, rank=1, world=2, accumulate=3)
+def test_labels_are_made_in_the_precision_of_training(call, runs, tmp_path, monkeypatch):
+    in_bfloat16 = []
+    label = LAQ.label
+
+    def noted_label(model, pair):
+        in_bfloat16.append(torch.is_autocast_enabled("cpu"))
+        return label(model, pair)
+
+    monkeypatch.setattr(LAQ, "label", noted_label)
+    for bf16 in ("true", "false"):
+        run, file = tmp_path / bf16, tmp_path / f"{bf16}.safetensors"
+        line = f"quantize.py {SHORT} --data DIR/table --held_out 2 --bf16 {bf16} --out"
+        assert call(line, run) == 0
+        assert call("quantize.py label --data DIR/table --laq", run, "--out", file) == 0
+        assert in_bfloat16 and set(in_bfloat16) == {bf16 == "true"}
+        assert same_tensors(load_file(run / "labels.safetensors"), load_file(file))
+        in_bfloat16.clear()
+
+
+def test_the_shift_grows_from_its_first_step_until_it_is_whole():
+    shifts = [quantize.shift_at(step, 0.4, 10, 14) for step in (0, 9, 10, 11, 13, 14, 99)]
+    assert shifts == pytest.approx([0, 0, 0.1, 0.2, 0.4, 0.4, 0.4])
+    assert quantize.shift_at(0, 0.4, 0, 0) == 0.4
 
 
 def test_our_own_runs_of_older_code_keep_their_relu(tmp_path):
@@ -110,6 +105,11 @@ def test_our_own_runs_of_older_code_keep_their_relu(tmp_path):
     again, _ = quantize.load_laq(tmp_path / "False")
     pair = torch.rand(2, 2, 3, 32, 32)
     assert torch.equal(again.difference(pair), net.difference(pair))
+
+
+def test_dead_codes_are_replaced_often_at_first():
+    steps = [step for step in range(301) if quantize.replacement_due(step)]
+    assert steps == [*range(10, 100, 10), *range(100, 301, 50)]
 
 
 def test_official_replacement_ends_before_step_5000():
