@@ -70,8 +70,8 @@ def train_laq(model: LAQ, optimizer: Optimizer, c: quantize.QuantizeConfig, pair
     """The body of the loop in quantize.py, for its second step"""
     noise = torch.randn(c.batch, c.code_len, c.quant_dim).to(pairs.device)
     shift = quantize.shift_at(1, c.shift, c.shift_from, c.shift_until)
-    seen = data.random_shift(pairs, shift) if shift else None
-    batch = {"pair": pairs, "seen": seen, "noise": noise}
+    shifted = data.random_shift(pairs, shift) if shift else None
+    batch = {"pair": pairs, "shifted": shifted, "noise": noise}
     for part in processes().micro_batches(model, batch):
         with torch.autocast(processes().device.type, torch.bfloat16, enabled=c.bf16):
             loss, d, indices = model(**part)
