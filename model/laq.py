@@ -223,9 +223,9 @@ class Layer(nn.Module):
         cross-attention, where T is 1 -> [B, T, N, D]"""
         B, T, N, D = x.shape
         x = x + self.peg(x, self.grid)  # B T N D
-        # Attention runs over the second axis: BN T D over time, else BT N D.
-        by_patch = x.transpose(1, 2).reshape(B * N, T, D)
-        rows = by_patch if self.over_time else x.reshape(B * T, N, D)
+        rows = (  # attention runs over their second axis
+            x.transpose(1, 2).reshape(B * N, T, D) if self.over_time else x.reshape(B * T, N, D)
+        )
         rows = rows + self.attention(rows, bias=bias)
         if self.cross is not None:
             rows = rows + self.cross(rows, context)
