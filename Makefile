@@ -1,4 +1,4 @@
-# LAPA end to end: `make` builds everything below from nothing; `make help` lists the targets.
+# LAPA end to end: `make` builds everything below from scratch; `make help` lists the targets.
 PYTHON ?= python3
 DATA   ?= data/tabletop
 OUT    ?= runs/demo
@@ -10,8 +10,8 @@ STAGES := quantize base pretrain finetune scratch
 PY     := .venv/bin/python
 RUN    := $(if $(filter 1,$(NPROC)),$(PY),.venv/bin/torchrun --nproc_per_node $(NPROC))
 
-# Folders may have blanks, colons and apostrophes in their names: recipes quote "$(DATA)" and
-# "$(OUT)"; targets begin with $(D) and $(O), where blanks and colons are escaped.
+# Folders may have spaces, colons and apostrophes in their names: recipes quote "$(DATA)" and
+# "$(OUT)"; targets begin with $(D) and $(O), where spaces and colons are escaped.
 hash  := \#
 blank := $(subst ,, )
 escape = $(subst :,\:,$(subst $(blank),\ ,$1))
@@ -58,7 +58,7 @@ $(STAGES): %: $(O)/%/summary.json
 $(O)/quantize/summary.json: $(D)/episodes.jsonl | .venv/ready
 	$(RUN) quantize.py --data "$(DATA)" $(call options,quantize)
 
-# The base: what a pretrained vision-language model would know; to describe, then also to locate.
+# The base: what a pretrained vision-language model would know: to describe, then to locate.
 CAPTION = $(RUN) pretrain.py --labels caption --data data/scenes --lr 1.5e-3
 $(O)/captions/summary.json: data/scenes/episodes.jsonl | .venv/ready
 	$(CAPTION) --where task=describe --steps 500 --final_lr 1 $(call options,captions)

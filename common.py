@@ -27,11 +27,11 @@ from tqdm import tqdm
 T = TypeVar("T")
 MACHINE_FAULTS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # not faults of the file at hand
 DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-SHARD = 2 << 30  # bytes of a weights file, from which on a checkpoint is cut into several
+SHARD = 2 << 30  # bytes; a larger checkpoint is split into several weights files
 
 
 def print_anything() -> None:
-    """Words that a terminal cannot show must not end a run: print their escapes"""
+    """Text that a terminal cannot show must not end a run: print it escaped"""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -43,7 +43,7 @@ print_anything()
 # ------------------------------------------------------------------------ refusing bad input
 def fail(message: object) -> NoReturn:
     """Refuse bad input: one clear line and exit code 2"""
-    for bar in list(getattr(tqdm, "_instances", ())):  # else they are drawn anew below the line
+    for bar in list(getattr(tqdm, "_instances", ())):  # or they are redrawn below this line
         bar.close()
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
@@ -63,8 +63,8 @@ def refuse(
 
 
 def cause(error: BaseException) -> object:
-    """What an error says.  Where it hides an error of the operating system (a full disk), what that
-    one says; of several processes' checkpoint, what the first one says that failed."""
+    """What an error says.  If it hides an error of the operating system (a full disk), what that
+    one says; for a checkpoint of several processes, what the first to fail says."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     if isinstance(error, OSError) and re.match(r"\d+ requested and \d+ written", str(error)):
@@ -99,8 +99,8 @@ def is_main_process() -> bool:
 def option(default: T = dataclasses.MISSING, help: str = "", least: int | None = None) -> T:
     """A dataclass field that is an option of a command, with its help beside it.
 
-    Without a default it is required.  least: the smallest whole number that it takes; unless
-    given, 0 where that is the default, else 1."""
+    Without a default it is required.  least: the smallest whole number that it takes; if not
+    given, 0 if the default is 0, else 1."""
     return dataclasses.field(default=default, metadata={"help": help, "least": least})
 
 
@@ -130,7 +130,7 @@ def parse_options(
     """Command line -> dataclass `cls`, and the set of options that were named on it.
 
     `presets` is a table of named sizes, chosen by the field `preset`: named options beat the
-    preset, which beats the defaults.  Fields in `positional` stand without their name."""
+    preset, which beats the defaults.  Fields in `positional` are given unnamed."""
     presets = presets or {}
     fields = dataclasses.fields(cls)
     parser = make_parser(fields, argv, presets, positional)
@@ -191,12 +191,12 @@ def refuse_argument(message: str) -> NoReturn:
 
 
 def matching(rows: list[dict], where: str, index: Path, problems: Iterable = ()) -> list[dict]:
-    """The rows of a dataset's index that fulfil --where: "name=value,name=value", with values
+    """The rows of a dataset's index that match --where: "name=value,name=value", with values
     compared as JSON (true, null, 5 equals 5.0) or, where they are not JSON, as text.  Refuses a
-    condition that no row fulfils, unless other `problems` explain that."""
+    condition that no row meets, unless other `problems` explain that."""
     part = r'([^,="]+)=("(?:[^"\\]|\\.)*"|.+?)(?:,(?=[^,="]+=)|$)'  # name=value or name="JSON text"
     if where and not re.fullmatch(f"(?:{part})+", where):
-        fail(f"--where {where!r}: expected name=value, comma separated")
+        fail(f"--where {where!r}: expected name=value, comma-separated")
     conditions = re.findall(part, where)
     kept = [
         row
@@ -230,7 +230,7 @@ def same_value(value: object, text: str) -> bool:
 # ------------------------------------------------------------------------ files
 @contextlib.contextmanager
 def atomically(path: str | Path, tag: str | None = None, durable: bool = False) -> Iterator[Path]:
-    """Yield the path of a draft (file or folder) that appears as `path` once whole, or never.
+    """Yield the path of a draft (file or folder) that becomes `path` once whole, or never.
 
     tag: part of the draft's name; durable: on disk before it appears, even if the power fails."""
     path = Path(path)
@@ -254,8 +254,8 @@ def write_atomically(path: str | Path, text: str, durable: bool = False) -> None
 
 
 def lock(file: IO) -> bool:
-    """Whether this process may write to an open file: no other one has locked it.  The lock is
-    given back when the process ends or closes any handle of that file."""
+    """Whether this process may write to an open file: no other has locked it.  The lock is
+    released when the process ends or closes any handle of that file."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:  # some file systems have no locks
@@ -339,7 +339,7 @@ def weight_files(folder: str | Path) -> list[Path]:
 
 
 def latest(path: str | Path) -> Path:
-    """A run's folder -> its newest checkpoint's; any other path as it is"""
+    """A run's folder -> its newest checkpoint; any other path as it is"""
     path = Path(path)
     pointer = path / "latest"
     return path / pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else path

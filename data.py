@@ -9,7 +9,7 @@ A dataset is a folder with `episodes.jsonl`, one episode per line (docs/formats.
     frames       optional T, checked              actions      optional .npy float [T-1 or T, A]
     captions     optional list of T strings       others       carried along, for `--where a=b`
 
-Letters: T frames of an episode, S pixels of their sides, A action dimensions, B batch."""
+Letters: T frames of an episode, S pixels per side, A action dimensions, B batch."""
 
 import hashlib
 import json
@@ -62,8 +62,8 @@ class Dataset:
     def split(self, held_out: int) -> tuple[list[Episode], list[Episode]]:
         """-> training episodes, held-out episodes.
 
-        Held out are those whose `split` is not "train" or, if none has that field, the `held_out`
-        ones whose id has the smallest SHA-256: adding an episode moves at most one other across."""
+        Those whose `split` is not "train" are held out or, if none has that field, the `held_out`
+        ones whose id has the smallest SHA-256: adding an episode displaces at most one."""
         if any("split" in e.info for e in self.episodes):
             chosen = [e for e in self.episodes if e.info.get("split", "train") != "train"]
         else:
@@ -291,7 +291,7 @@ def read_actions(path: Path, frame_count: int | None) -> np.ndarray:
 
 
 def width_defects(episodes: Sequence[Episode]) -> list[tuple[str, str]]:
-    """Pairs of id and text for the episodes whose actions have another width than most"""
+    """Pairs of id and text for the episodes whose action width differs from most"""
     widths = {e.id: e.actions.shape[1] for e in episodes if e.actions is not None}
     usual = mode(widths.values()) if widths else None
     return [
@@ -305,7 +305,7 @@ def width_defects(episodes: Sequence[Episode]) -> list[tuple[str, str]]:
 def to_float(frames: np.ndarray, device: torch.device | None = None) -> Tensor:
     """uint8 [.., H, W, 3] -> float32 [.., 3, H, W] in [0, 1] on the device (None: the CPU)"""
     x = torch.from_numpy(np.ascontiguousarray(frames))
-    if device is not None and device.type == "cuda":  # sent as bytes, and nothing waits for it
+    if device is not None and device.type == "cuda":  # sent as bytes, asynchronously
         x = x.pin_memory().to(device, non_blocking=True)
     return x.movedim(-1, -3).float() / 255
 
@@ -325,15 +325,15 @@ def open_vqgan(path: str, option: str, device: torch.device, shape: dict) -> Ima
     """The image tokenizer beside a VLA of that shape (its config): see official/vqgan.py.  None
     for a VLA that reads linear patches.  Refuses a VLA that reads no images."""
     if not shape["patch_size"]:
-        fail(f"--{option} {latest(path)}: a text-only model, it reads no images")
+        fail(f"--{option} {latest(path)}: a text-only model reads no images")
     if not shape["vision_vocab"]:
         return None
     try:
-        from official.vqgan import load_vqgan  # a room that only models with image codes need
+        from official.vqgan import load_vqgan  # only models with image codes need it
     except ModuleNotFoundError as error:
         if error.name not in ("official", "official.vqgan"):
             raise
-        fail(f"--{option} {latest(path)}: it reads image codes, which needs the folder official/")
+        fail(f"--{option} {latest(path)}: it reads image codes, which need the folder official/")
     return load_vqgan(path, option, device, shape)
 
 
@@ -344,7 +344,7 @@ def window_frames(seconds: float, fps: float) -> int:
 
 
 def future_index(t: int | Sequence[int] | np.ndarray, length: int, window: int) -> np.ndarray:
-    """t -> t + H, at most the last frame of an episode of `length` frames (as the official code;
+    """t -> t + H, at most the last of an episode's `length` frames (as in the official code;
     window: H in frames)"""
     return np.minimum(np.asarray(t) + window, length - 1)
 
@@ -464,7 +464,7 @@ def load_labels(
         found = {name: file.get_tensor(name) for name in names}
     if made_for != dataset.fingerprint:
         fail(
-            f"{path}: made for another dataset ({made_for}) than {dataset.path} "
+            f"{path}: made for another dataset ({made_for}), not {dataset.path} "
             f"({dataset.fingerprint})"
         )
     labels = []
@@ -481,21 +481,21 @@ def load_labels(
 # ------------------------------------------------------------------------ where bins are made
 # An action becomes one token per dimension: the number of the bin that its value falls into (paper
 # 3.3).  `edges` holds one float64 array per dimension: n+1 rising numbers are the edges of n bins;
-# a first number that stands twice begins a list of n values (docs/formats.md, "Checkpoints").
-FEW = 16  # a dimension of at most that many distinct values has one bin for each of them
+# a repeated first number begins a list of n values (docs/formats.md, "Checkpoints").
+FEW = 16  # a dimension with up to that many distinct values has one bin for each of them
 
 
 def fit_bins(actions: np.ndarray, bins: int = 256, binary: str = "") -> list[np.ndarray]:
     """Cut every dimension of actions, float [M, A], into bins -> edges, A float64 arrays.
 
-    A dimension of few values (a gripper's -1 and 1, the keys -1, 0, 1) has one bin for each value
+    A dimension of few values (a gripper's -1 and 1, a key's -1, 0, 1) has one bin for each value
     and decodes to exactly that: see bins_of_values.  Any other has up to `bins` bins of equal
     count: see quantile_edges.  `binary` ("6": the gripper is dimension 6) names dimensions that
     have two values: see binary_bins."""
     dimensions = actions.shape[1]
     named = binary.split(",") if binary else []
     if not {*named} <= {*map(str, range(dimensions))}:
-        fail(f"--binary {binary!r}: expected dimensions of 0 to {dimensions - 1}, comma separated")
+        fail(f"--binary {binary!r}: expected dimensions 0 to {dimensions - 1}, comma-separated")
     edges = []
     for dimension in range(dimensions):
         column = actions[:, dimension].astype(np.float64)
@@ -516,8 +516,8 @@ def quantile_edges(column: np.ndarray, bins: int) -> np.ndarray:
 
 
 def bins_of_values(values: np.ndarray) -> np.ndarray:
-    """One bin for each of these values, in rising order.  Edges never repeat, so a first number
-    that stands twice marks a list of values; a single value stands alone."""
+    """One bin for each of these values, in rising order.  Edges never repeat, so a repeated
+    first number marks a list of values; a single value stays as it is."""
     return values if len(values) == 1 else np.concatenate([values[:1], values])
 
 

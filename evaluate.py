@@ -6,7 +6,7 @@
     python evaluate.py table --results runs/a/results.json,runs/b/results.json --out table.md
 
 A policy is a finetune run, `random`, or `expert` where the simulator has one.  A simulator is a
-file of the folder simulators/; docs/simulators.md says how to add one."""
+file in the folder simulators/; docs/simulators.md says how to add one."""
 
 import dataclasses
 import importlib
@@ -38,15 +38,15 @@ from model import ACTION, LATENT, VLA, VLAConfig, load_strictly
 
 @dataclass(kw_only=True)
 class EvaluateConfig:
-    policies: str = option(help="name=finetune run, comma separated")
+    policies: str = option(help="name=finetune run, comma-separated")
     out: str = option(help="folder for results.json, results.md, rollouts.gif")
     env: str = option("tabletop", "a simulator: the name of a file in simulators/")
     env_options: str = option("", "of that simulator, e.g. embodiment=human,look=real")
     episodes: int = option(200, "per policy and split")
-    splits: str = option("", "comma separated; empty: all that the simulator names")
+    splits: str = option("", "comma-separated; empty: all that the simulator names")
     max_steps: int = option(0, "steps until an episode counts as failed; 0: the simulator's own")
     batch: int = option(100, "worlds side by side")
-    film: int = option(4, "episodes of each policy in rollouts.gif; 0: no film", 0)
+    film: int = option(4, "episodes of each policy in rollouts.gif; 0: no GIF", 0)
     bf16: bool = option(False, "weights and arithmetic of the policies in bfloat16")
     seed: int = option(1000, "worlds and tasks; the same for every policy", 0)
 
@@ -55,10 +55,10 @@ class EvaluateConfig:
 class Policy:
     """A VLA as a function: images uint8 [B, H, W, 3] and instructions -> actions [B, A], or latent
     actions, int [B, K], where it has not been finetuned.  Raises sequences.NoKnownWord for
-    instructions of which it knows no word.
+    instructions without a known word.
 
-    compiled: for control loops.  It compiles anew for another number of images, or of the
-    prompt's tokens in steps of 16."""
+    compiled: for control loops.  It recompiles for a new number of images, or of
+    prompt tokens in steps of 16."""
 
     def __init__(
         self,
@@ -72,21 +72,21 @@ class Policy:
         self.device = training.set_up_device()
         with common.refuse(f"--{asked_by} {path}"):
             self.model = self._build_model(weights, meta["model"], bf16)
-        self.prompt_multiple = 16 if compiled else 1  # prompts are padded to that
+        self.prompt_multiple = 16 if compiled else 1  # pads prompts to multiples
         if compiled:
             training.check_compiler(self.device, "compiled policies")
             self.model.compile_decode()
         self.sequences = sequences.Sequences(
             sequences.read_tokenizer(path), self.model.config.image_tokens, meta["template"]
         )
-        self.known_instructions = set()  # those of which a word is known
+        self.known_instructions = set()  # those with a known word
         self._read_kind_of_answer(meta)
         if self.kind not in self.model.vocabularies():
             common.fail(f"--{asked_by} {path}: predicts neither latent nor robot actions")
         self.vqgan = data.open_vqgan(path, asked_by, self.device, meta["model"])
 
     def _build_model(self, weights: Mapping[str, Any], shape: dict, bf16: bool) -> VLA:
-        """A VLA of this shape (VLAConfig's fields) with these weights, to infer with"""
+        """A VLA of this shape (VLAConfig's fields) with these weights, for inference"""
         with torch.device("meta"):  # no memory, no time for numbers that are replaced
             model = VLA(VLAConfig(**shape))
         model.to(torch.bfloat16 if bf16 else torch.float32).to_empty(device=self.device)
@@ -132,8 +132,8 @@ class Policy:
 def open_policies(text: str, env: str, simulator: type, bf16: bool) -> dict[str, Policy | str]:
     """ "LAPA=runs/a,RANDOM=random" -> {name: Policy, "expert" or "random"}
 
-    simulator: the class of --env.  Refuses what has no checkpoint or another action width than
-    the simulator, and an expert where it has none."""
+    simulator: the class of --env.  Refuses runs without a checkpoint or with another action
+    width, and an expert where there is none."""
     policies = {}
     for part in re.split(r",(?=[^,=]+=)", text):
         name, _, path = part.partition("=")
@@ -163,17 +163,17 @@ class Rollout(NamedTuple):
 
 
 def import_simulators() -> ModuleType:
-    """The package simulators, imported only here: whatever opens none works without the folder"""
+    """The package simulators, imported only here: other commands work without that folder"""
     spec = importlib.util.find_spec("simulators")
     if spec is None or spec.origin is None:  # no such folder, or one without code
-        common.fail("--env: evaluation needs the folder simulators/, which is not here")
+        common.fail("--env: evaluation needs the folder simulators/, which is missing")
     return importlib.import_module("simulators")
 
 
 def roll_out(
     policy: Policy | str, c: EvaluateConfig, split: str, first: int, count: int, film: int
 ) -> Rollout:
-    """`count` episodes side by side, worlds number `first` on, with the frames of `film` of them"""
+    """`count` episodes side by side, worlds from `first` on, with the frames of `film` of them"""
     env = import_simulators().open_simulator(c.env, count, split, c.max_steps, c.env_options)
     rng = np.random.default_rng((c.seed, first, 1))  # of the random policy
     obs, info = env.reset((c.seed, first))
@@ -256,7 +256,7 @@ def evaluate(c: EvaluateConfig) -> None:
 
 
 def write_results(results: dict, text: str, films: dict[str, Rollout], out: str) -> None:
-    """Write results.json, results.md (the text, also printed) and, of films, rollouts.gif"""
+    """Write results.json, results.md (the text, also printed) and, if films, rollouts.gif"""
     files = [Path(out) / name for name in ("results.json", "results.md", "rollouts.gif")]
     common.write_atomically(files[0], common.to_json(results, 1) + "\n")
     common.write_atomically(files[1], text)
@@ -314,7 +314,7 @@ def draw_film(films: dict[str, Rollout], path: Path, size: int = 150, head: int 
 
 
 def draw_page(films: dict[str, Rollout], t: int, size: int, head: int) -> Image.Image:
-    """Frame t of a film; of a rollout that has ended, its last and its result"""
+    """Frame t of a film; of a finished rollout, its last frame and its result"""
     count = len(next(iter(films.values())).frames)
     page = Image.new("RGB", (4 + count * (size + 4), len(films) * (size + head)), "white")
     pen = ImageDraw.Draw(page)
@@ -355,12 +355,12 @@ def predict(c: PredictConfig) -> None:
 
 @dataclass(kw_only=True)
 class TableConfig:
-    results: str = option(help="results.json files of the seeds, comma separated")
+    results: str = option(help="results.json files of the seeds, comma-separated")
     out: str = option(help="Markdown file to write")
 
 
 def table(c: TableConfig) -> None:
-    """Mean success over seeds; of one seed the families, too"""
+    """Mean success over seeds; for one seed, also by family"""
     with common.refuse(
         f"--results {c.results}: not results for the same arms and splits",
         (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration),

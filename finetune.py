@@ -1,6 +1,6 @@
 """Stage 3, action finetuning (paper 3.3): swap the latent head for a robot-action head.
 
-The body that learned to predict latent actions now learns, from a few labelled episodes, to predict
+The body that learned to predict latent actions now learns, from a few labeled episodes, to predict
 the robot's own: every dimension is cut into up to 256 bins of equal count, one token each.
 SCRATCH, the paper's baseline, is this stage alone, from the base model.
 
@@ -38,7 +38,7 @@ class FinetuneConfig(training.TrainConfig):
         help="pretrain run: latent (LAPA), action (ACTIONVLA), idm (VPT), caption (SCRATCH)"
     )
     labelled: int = option(
-        0, "labelled episodes, drawn by --seed (of a preset: at most); 0: all", 0
+        0, "labeled episodes, drawn by --seed (for a preset: at most); 0: all", 0
     )
     bins: int = option(256, "bins per dimension (paper)")
     soft_bins: float = option(
@@ -52,10 +52,10 @@ class FinetuneConfig(training.TrainConfig):
     length: int = option(
         0, "tokens a row is cut or padded to; 0: the longest of the batch (official 384)"
     )
-    official_cut: bool = option(False, "cut rows have their loss mask one step too far")
-    like_tag: bool = option(False, "a fresh action table begins readable (see VLA.start_from_tags)")
+    official_cut: bool = option(False, "cut rows have their loss mask off by one")
+    like_tag: bool = option(False, "a new action table copies known rows (see VLA.start_from_tags)")
     freeze_table: bool = option(
-        False, "keep the action table: few rows are learned by heart through it"
+        False, "freeze the action table: training it memorizes the few rows"
     )
     steps: int = option(2000, "optimization steps (paper: real robot; SIMPLER 500)")
     batch: int = option(128, "rows per step, over all processes")
@@ -64,7 +64,7 @@ class FinetuneConfig(training.TrainConfig):
         1.0, "rate of the fresh action head and table (and LoRA), relative to lr"
     )
     lora_rank: int = option(
-        0, "freeze the body except for changes of this rank (LoRA); 0: all of it learns", 0
+        0, "freeze the body except for updates of this rank (LoRA); 0: train all of it", 0
     )
     log_every: int = option(25, "steps between rows of the log")
     save_every: int = option(500, "steps between checkpoints; 0: only the last", 0)
@@ -109,8 +109,8 @@ def loss_of(
 
 # ------------------------------------------------------------------------ LoRA
 class LowRank(nn.Module):
-    """y = W x + up (down x) in the place of a linear layer: W is frozen, a change of low rank is
-    learned, from 0 on (LoRA, Hu et al. 2021).  [.., inputs] -> [.., outputs]"""
+    """y = W x + up (down x) in place of a linear layer: W is frozen, a low-rank update is
+    learned, from 0 (LoRA, Hu et al. 2021).  [.., inputs] -> [.., outputs]"""
 
     def __init__(self, linear: nn.Linear, rank: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -174,7 +174,7 @@ def open_data(
 
 def choose_bins(c: FinetuneConfig, meta: dict, actions: np.ndarray) -> list[np.ndarray]:
     """-> bin edges, an array per dimension.  A body pretrained on actions (ACTIONVLA, VPT) keeps
-    its own with its action head; any other gets those of the labelled episodes' actions [M, A]."""
+    its own with its action head; any other gets those of the labeled episodes' actions [M, A]."""
     if "bins" not in meta:
         return data.fit_bins(actions, c.bins, c.binary)
     edges = [np.array(e) for e in meta["bins"]]
@@ -196,7 +196,7 @@ def load_model(
     tokenizer: Tokenizer,
     processes: training.Processes,
 ) -> tuple[VLA, list[str]]:
-    """--init_from's body without its latent head, with an action head -> model in its place, names
+    """--init_from's body without its latent head, with an action head -> the placed model, names
     of fresh tensors.  A body pretrained on actions keeps its action head."""
     shape = meta["model"] | {"latent_vocab": 0}
     shape["action_vocab"] = shape["action_vocab"] or c.bins

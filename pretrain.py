@@ -46,12 +46,12 @@ class PretrainConfig(VLAConfig, training.TrainConfig):
     vqgan: str = option(
         "", "where the image tokenizer of a model with vision codes is; empty: --init_from"
     )
-    freeze_vision: bool = option(True, "paper 3.2; without --init_from the vision side is trained")
+    freeze_vision: bool = option(True, "freeze vision (paper 3.2); without --init_from: trained")
     template: str = option("{instruction}", "text around the instruction")
     length: int = option(
         0, "tokens a row is cut or padded to; 0: the longest of the batch (official 384)"
     )
-    official_cut: bool = option(False, "cut rows have their loss mask one step too far")
+    official_cut: bool = option(False, "cut rows have their loss mask off by one")
     official_text_mask: bool = option(
         False, "the text loss also trains latent positions, toward token 0"
     )
@@ -59,7 +59,7 @@ class PretrainConfig(VLAConfig, training.TrainConfig):
         0.0, "latent and action labels: random shift of pictures, as a fraction of them"
     )
     like_tag: bool = option(
-        False, "fresh input tables begin as the opening tag does (official: random)"
+        False, "fresh input tables start out as the opening tag (official: random)"
     )
     steps: int = option(70_000, "optimization steps (paper, Open-X)")
     batch: int = option(128, "rows per step, over all processes (paper 128, code 256)")
@@ -149,10 +149,10 @@ def misread_text_mask(rows: dict[str, Tensor]) -> dict[str, Tensor]:
 # ------------------------------------------------------------------------ labels
 @dataclass
 class Answers:
-    """What the model shall say at every frame.
+    """What the model must say at every frame.
 
     train, held_out: per episode [T, n] codes or bins, or T captions; notes: what checkpoints tell
-    later stages; marks: of the files they were read from, by which a resumed run knows them"""
+    later stages; marks: hashes of the files they came from, which a resumed run compares"""
 
     train: list
     held_out: list
@@ -192,7 +192,7 @@ def read_captions(folder: str, episodes: list[data.Episode]) -> list[list[str]]:
     for episode in episodes:
         if not episode.info.get("captions"):
             common.fail(
-                f"{folder}/episodes.jsonl: episode {episode.id!r}: field captions: missing, and "
+                f"{folder}/episodes.jsonl: episode {episode.id!r}: field captions: missing, but "
                 "--labels caption needs it"
             )
     return [episode.info["captions"] for episode in episodes]
@@ -258,7 +258,7 @@ def settle_options(c: PretrainConfig, named_options: set[str]) -> None:
 def load_model(
     c: PretrainConfig, latent_vocab: int, dataset: data.Dataset, processes: training.Processes
 ) -> tuple[VLA, Tokenizer, list[str]]:
-    """A fresh VLA, or --init_from's -> model in its place, tokenizer, names of fresh tensors"""
+    """A fresh VLA, or --init_from's -> the placed model, tokenizer, names of fresh tensors"""
     if c.init_from:
         weights, meta = common.load_checkpoint(c.init_from, "init_from", ("pretrain",))
         tokenizer = sequences.read_tokenizer(c.init_from)
@@ -312,7 +312,7 @@ def train(c: PretrainConfig, named_options: set[str]) -> None:
     optimizer = make_optimizer(model, c, fresh)
     run.resume(model, optimizer)
     processes.say(
-        f"VLA of {sum(p.numel() for p in model.parameters()):,} parameters predicts {c.labels} "
+        f"VLA: {sum(p.numel() for p in model.parameters()):,} parameters, {c.labels} labels "
         f"on {sum(frame_counts)} frames of {len(train_set)} episodes, {processes.device}"
     )
     soft = data.soft_widths(answers.notes.get("bins", []), c.soft_bins)

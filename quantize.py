@@ -1,7 +1,7 @@
 """Stage 1, latent action quantization (paper 3.1): name what changed between two frames.
 
-An encoder looks at a frame and a frame 0.6 s later and writes down 4 codes out of 8; a decoder must
-draw the later frame from the first one and those codes.  No action labels are used.  Afterwards
+An encoder looks at a frame and one 0.6 s later and writes down 4 codes, each from 0 to 7; a decoder
+must draw the later frame from the first and the codes.  No action labels are used.  Afterward
 every frame of the dataset is labeled with its latent action, and a report card is written.
 
     python quantize.py --data data/tabletop --out runs/demo/quantize --preset tiny     # laptop
@@ -33,16 +33,16 @@ class QuantizeConfig(LAQConfig, training.TrainConfig):
 
     window: float = option(0.6, "seconds from x_t to x_{t+H} (paper: 0.6; Something-Something 2.5)")
     shift: float = option(
-        0.0, "common random shift of what the encoder sees, as a fraction of the image"
+        0.0, "shared random shift of what the encoder sees, as a fraction of the image"
     )
     shift_from: int = option(0, "step at which the shift starts to grow from 0")
-    shift_until: int = option(0, "step from which on it is whole")
+    shift_until: int = option(0, "step from which it is full")
     steps: int = option(100_000, "optimization steps")
     batch: int = option(64, "pairs per step, over all processes")
     lr: float = option(1e-4, "Adam, betas 0.9/0.99, no weight decay (code)")
     codebook_lr: float = option(1.0, "codebook rate relative to lr")
     codebook_pull: float = option(
-        0.0, "fraction of the way that a used entry moves to the mean of its outputs each step"
+        0.0, "fraction of the way a used entry moves to the mean of its outputs per step"
     )
     clip: float = option(0.5, "largest gradient norm")
     replace_below: float = option(
@@ -121,8 +121,8 @@ def train(c: QuantizeConfig) -> None:
     optimizer = make_optimizer(model, c.lr, c.codebook_lr)
     run.resume(model, optimizer)
     processes.say(
-        f"LAQ of {sum(p.numel() for p in model.parameters()):,} parameters, {len(train_set)} "
-        f"episodes to learn from, {len(held_out)} held out, {processes.device}"
+        f"LAQ: {sum(p.numel() for p in model.parameters()):,} parameters, {len(train_set)} "
+        f"training episodes, {len(held_out)} held out, {processes.device}"
     )
 
     batches = data.stream(load_pairs, run.start, c.steps)
@@ -194,8 +194,8 @@ def update_codebook(
 
 
 def shift_at(step: int, largest: float, first: int, whole: int) -> float:
-    """The common random shift at a step.  Codes first have to help the decoder at all: it grows
-    from step `first` on and is whole at step `whole`."""
+    """The common random shift at a step.  Codes must first become useful to the decoder: it grows
+    from step `first` and is full at step `whole`."""
     growth = (step - first + 1) / max(1, whole - first)
     return largest * min(1.0, max(0.0, growth))
 
@@ -227,7 +227,7 @@ def label(
 def write_labels(
     model: LAQ, checkpoint: Path, dataset: data.Dataset, window: float, path: Path
 ) -> Path:
-    """Label a whole dataset into a labels file, which remembers by what and of what -> its path"""
+    """Write the labels file of a dataset, which records the LAQ and the dataset -> its path"""
     meta = {
         "laq": common.fingerprint(checkpoint),
         "window": window,
@@ -262,8 +262,8 @@ def report_card(
     out: Path,
     seed: int,
 ) -> tuple[dict, list[Path]]:
-    """Report card and atlas (analysis/report_card.py) -> numbers, files written; nothing where the
-    analysis room was deleted"""
+    """Report card and atlas (analysis/report_card.py) -> numbers, files written; nothing where
+    analysis/ was deleted"""
     try:
         from analysis.report_card import report
     except ModuleNotFoundError as error:
@@ -283,15 +283,15 @@ class ApplyConfig:
     out: str = option(help="label: file to write (.safetensors); report: folder")
     where: str = option("", "keep episodes with these fields")
     held_out: int = option(
-        50, "report: episodes it is about; the probe is fitted on the others; 0: all", 0
+        50, "report: episodes to report on; the probe is fitted on the rest; 0: all", 0
     )
     window: float = option(0.0, "seconds; 0: the window the LAQ was trained with")
-    bf16: bool = option(False, "bfloat16 arithmetic; unless named: as the LAQ was trained")
-    seed: int = option(0, "report: which pairs it looks at")
+    bf16: bool = option(False, "bfloat16 arithmetic; default: as the LAQ was trained")
+    seed: int = option(0, "report: how pairs are drawn")
 
 
 def laq_shape(meta: dict) -> dict:
-    """A checkpoint's network.  Our own ones that do not tell have the ReLU of older code."""
+    """A checkpoint's network.  Ours that do not say have the ReLU of older code."""
     shape = meta["model"]
     return {"code_relu": not shape.get("official_peg", False), **shape}
 

@@ -133,7 +133,7 @@ class Sequences:
         self.length = length
         self.official_cut = official_cut
         self.reported: set[str] = set()  # unknown words that were printed
-        self.words = lru_cache(maxsize=65536)(self.encode)  # the same texts come again and again
+        self.words = lru_cache(maxsize=65536)(self.encode)  # the same texts recur
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without bos and eos"""
@@ -260,7 +260,7 @@ class Sequences:
 
     # -------------------------------------------------------------------- checks before training
     def check(self, episodes: Sequence[Episode], answers: Sequence[Answers], kind: int) -> None:
-        """Refuse a dataset of which the tokenizer knows no word, and rows that `length` leaves
+        """Refuse a dataset in which the tokenizer knows no word, and rows that `length` leaves
         without an answer; print which words are unknown and how many rows are cut.
 
         answers: one entry per episode.  Raises NoKnownWord"""

@@ -1,7 +1,7 @@
 """What the training loops of the three stages share: processes and sharding, the optimizer's step,
-and the run folder with its log, its checkpoints and the way back into a run.
+and the run folder with its log, its checkpoints and resuming.
 
-A stage's loop stands in the stage's own file.  It calls, in this order:
+A stage's loop is in the stage's own file.  It calls, in this order:
 
     processes = start_processes(options)   # one, or those of torchrun
     place(model, ...)                      # on the device, sharded over the processes
@@ -84,7 +84,7 @@ class TrainConfig:
     out: str = option(help="run folder")
     preset: str = option("lapa", "named size or recipe: tiny, base or lapa (the paper's)")
     where: str = option("", "keep episodes with these fields, e.g. embodiment=human,task=push")
-    held_out: int = option(50, "episodes not trained on, unless they carry a `split`; 0: none", 0)
+    held_out: int = option(50, "episodes held out, unless they have a `split`; 0: none", 0)
     steps: int = option(help="optimization steps")
     batch: int = option(help="samples per step, over all processes")
     lr: float = option(help="peak learning rate")
@@ -94,9 +94,9 @@ class TrainConfig:
     seed: int = option(0, "of weights, batches and noise")
     log_every: int = option(50, "steps between rows of the log")
     save_every: int = option(1000, "steps between checkpoints; 0: only the last", 0)
-    keep: int = option(1, "checkpoints that stay, the newest")
+    keep: int = option(1, "newest checkpoints to keep")
     resume: bool = option(False, "continue from the latest checkpoint in --out")
-    accumulate: int = option(1, "parts that a step's batch is cut into, to save memory")
+    accumulate: int = option(1, "parts a step's batch is split into, to save memory")
     bf16: bool = option(
         False, "bfloat16 arithmetic (autocast); optimizer and checkpoints stay in float32"
     )
@@ -106,8 +106,8 @@ class TrainConfig:
     compile: bool = option(False, "torch.compile each block")
 
 
-# What may differ when a run is resumed.  Files and folders are compared by what they hold (the
-# run's `identity`), not by how they are spelled.
+# What may differ when a run is resumed.  Files and folders are compared by content (the
+# run's `identity`), not by path.
 MAY_CHANGE = {field.name for field in dataclasses.fields(TrainConfig)}
 MAY_CHANGE -= {"where", "held_out", "batch", "seed"}
 PATH_OPTIONS = {"laq", "labels_file", "init_from", "vqgan"}
@@ -248,7 +248,7 @@ def place(
 ) -> None:
     """Put a model on this process's device.
 
-    Among several processes each of its `blocks`, and what is left, are sharded (FSDP2; on GPUs
+    With several processes, each of its `blocks` and the rest are sharded (FSDP2; on GPUs
     --bf16 gathers them in bfloat16), except for the parameters `unsharded`.  A model on the meta
     device gets memory and begins with its init_weights."""
     blocks = list(blocks)
@@ -337,7 +337,7 @@ class Run:
 
     config: the stage's options; shape: the network's config; identity: marks of the files that the
     run reads.  These have to agree when a run is resumed.  notes: what later stages need to know
-    (config.json of each checkpoint holds it); files: what lies beside the weights, name -> content
+    (config.json of each checkpoint holds it); files: what goes with the weights, name -> content
     (see common.write_checkpoint).
 
     start: the step to begin with, 0 for a new run; last_checkpoint: folder, None for a new run."""
@@ -408,7 +408,7 @@ class Run:
             )
 
     def refuse_another_run(self, found: dict) -> None:
-        """What is continued has to be the same run: same network, data, files, options and bins"""
+        """A resumed run has to be the same run: same network, data, files, options and bins"""
 
         def fixed_options(meta: dict) -> dict:
             options = meta["options"] | meta["model"]
@@ -607,7 +607,7 @@ class Run:
 
 
 def training_state(model: nn.Module, optimizer: Optimizer) -> dict:
-    """What resuming needs, each process its shards"""
+    """What resuming needs: each process's shards"""
     return {
         "model": model.state_dict(),
         "optimizer": state_dict.get_optimizer_state_dict(model, optimizer),

@@ -1,8 +1,8 @@
 """Videos on disk -> frames at the model's size, decoded once into a packed cache.
 
 A video is a film (mp4, webm, ..: whatever FFmpeg's libraries read, through PyAV), a folder of
-pictures, or a .npy of uint8 [T, H, W, 3].  The frames of all episodes of a dataset lie one after
-another in a single file below $LAPA_CACHE (default .cache), so that an open dataset holds one file
+pictures, or a .npy of uint8 [T, H, W, 3].  The frames of all episodes of a dataset are stored in
+a single file in $LAPA_CACHE (default .cache), one after another, so an open dataset holds one file
 and one memory mapping, however many episodes it has."""
 
 import fcntl
@@ -38,7 +38,7 @@ PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 NO_TIMESTAMPS = 0x80  # FFmpeg's mark of formats that only count pictures (AVFMT_NOTIMESTAMPS)
 SPOOL = 16 << 20  # bytes of one video that are held in memory before they go to disk
 SMALL = 1 << 20  # bytes of a .npy that is read so fast that a second thread would not help
-COMMIT = 256 << 20  # bytes after which the index of a cache file is brought up to date
+COMMIT = 256 << 20  # bytes after which the index of a cache file is updated
 
 
 class MachineFault(Exception):
@@ -52,7 +52,7 @@ def cache_faults(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise MachineFault(
-            f"the frame cache {folder}: {error.strerror or error} (LAPA_CACHE names another folder)"
+            f"the frame cache {folder}: {error.strerror or error} (set LAPA_CACHE to move it)"
         ) from None
 
 
@@ -117,7 +117,7 @@ class Pack:
         with cache_faults(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.rows_path, os.O_RDWR | os.O_CREAT, 0o666)
-        with open(descriptor, "r+b", buffering=0) as rows_file:  # closing it gives the lock back
+        with open(descriptor, "r+b", buffering=0) as rows_file:  # closing it releases the lock
             self.rows_file = rows_file
             with cache_faults(self.folder):
                 self.wait_for_lock()
@@ -135,12 +135,12 @@ class Pack:
                 self.commit()
 
     def wait_for_lock(self) -> None:
-        """Take the file's lock; a person who would wait for another process is told so"""
+        """Take the file's lock; print a line if another process holds it at the moment"""
         try:
             fcntl.flock(self.rows_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if int(os.environ.get("WORLD_SIZE", 1)) == 1:  # several of torchrun's always wait
-                words = f"waiting for another process that fills {self.rows_path}"
+                words = f"waiting for another process to fill {self.rows_path}"
                 print(words, file=sys.stderr)
             fcntl.flock(self.rows_file, fcntl.LOCK_EX)
 
@@ -221,8 +221,8 @@ def open_source(path: Path, fps: float | None = None) -> Source:
 
 
 def pictures_in(folder: Path) -> list[Path]:
-    """The pictures of a folder in natural order: img_2 before img_10.  Hidden files are none: the
-    archives of a Mac hold a `._0.jpg` beside each `0.jpg`."""
+    """The pictures of a folder in natural order: img_2 before img_10.  Hidden files do not count:
+    Mac archives hold a `._0.jpg` beside each `0.jpg`."""
 
     def natural(path: Path) -> list:
         return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
@@ -241,7 +241,7 @@ def read_picture(path: Path) -> np.ndarray:
         if upright.mode.startswith(("I", "F")):  # one channel of 16 bits or more
             values = np.asarray(upright)
             if upright.mode.startswith("F") or values.min() < 0 or values.max() > 65535:
-                raise ValueError(f"its values do not fit into 16 bits (mode {upright.mode})")
+                raise ValueError(f"its values do not fit in 16 bits (mode {upright.mode})")
             deep = upright.mode != "I" or picture.format == "PNG" or values.max() > 255
             grey = (values.astype(np.uint32) + 128) // 257 if deep else values  # 65535 -> 255
             grey = grey.astype(np.uint8)
@@ -272,16 +272,16 @@ def frames_of_array(source: Source) -> Iterator[np.ndarray]:
 class Timing:
     """When the pictures of a film are shown: filled while it is decoded"""
 
-    pictures: list[float | None] = field(default_factory=list)  # seconds; None: the file is silent
+    pictures: list[float | None] = field(default_factory=list)  # seconds; None: not in the file
     packets: list[float | None] = field(default_factory=list)  # the same, of its compressed parts
-    timed: bool = True  # the format has time stamps
+    timed: bool = True  # the format has timestamps
     nominal: float = 0.0  # pictures per second that the file names; 0: none
-    promised: int = 0  # pictures that the file has a packet for each; 0: unknown
+    promised: int = 0  # pictures that have a packet in the file; 0: unknown
 
     def times(self) -> np.ndarray | None:
         """Times of all pictures in seconds, in order, or None where the file does not say.  Some
         files (avi) say when each picture is decoded, not when it is shown; with one packet per
-        picture that tells as much.  Raises ValueError for times that run backwards."""
+        picture that is as good.  Raises ValueError for times that run backward."""
         told = [
             np.array(stamps, float)
             for stamps in (self.pictures, self.packets)
@@ -315,7 +315,7 @@ def shown_stream(container: "InputContainer") -> "VideoStream":
     films = [s for s in container.streams.video if not s.disposition & aside]
     streams = [s for s in films if s.codec_context]
     if not streams:
-        raise ValueError("no decoder for its codec" if films else "it holds no film")
+        raise ValueError("no decoder for its codec" if films else "no video stream")
 
     def rank(stream: "VideoStream") -> tuple[bool, int]:
         size = stream.codec_context.width * stream.codec_context.height
@@ -335,7 +335,7 @@ def frames_of_film(source: Source, timing: Timing) -> Iterator[np.ndarray]:
         try:
             container = av.open(os.fsdecode(place))
         except (av.error.InvalidDataError, av.error.EOFError):
-            raise ValueError("it is no film, or damaged at its beginning") from None
+            raise ValueError("not a video, or damaged at the start") from None
         with container:
             for packet in packets_of_film(container, timing):
                 shown = len(timing.pictures)
@@ -354,7 +354,7 @@ def frames_of_film(source: Source, timing: Timing) -> Iterator[np.ndarray]:
                     yield upright(frame.to_ndarray(format="rgb24"), frame)
     if len(timing.pictures) < timing.promised:
         found = len(timing.pictures)
-        raise ValueError(f"{timing.promised} pictures are announced, {found} found")
+        raise ValueError(f"{timing.promised} pictures expected, {found} found")
 
 
 def packets_of_film(container: "InputContainer", timing: Timing) -> Iterator["Packet"]:
@@ -367,7 +367,7 @@ def packets_of_film(container: "InputContainer", timing: Timing) -> Iterator["Pa
     stream.thread_type = "NONE"  # films are decoded side by side
     stream.codec_context.options = {"err_detect": "explode"}
     kind = container.format.name
-    made_up = kind == "mjpeg" or kind.endswith("_pipe")  # FFmpeg takes these for 25 per second
+    made_up = kind == "mjpeg" or kind.endswith("_pipe")  # FFmpeg assumes 25 per second
     timing.timed = not (made_up or container.format.flags & NO_TIMESTAMPS)
     if timing.timed:
         timing.nominal = float(stream.average_rate or stream.guessed_rate or 0)
@@ -377,13 +377,13 @@ def packets_of_film(container: "InputContainer", timing: Timing) -> Iterator["Pa
         if packet.size:  # the last one is empty: it asks the decoder for what it has left
             known = timing.timed and packet.dts is not None
             timing.packets.append(float(packet.dts * packet.time_base) if known else None)
-            if kind.startswith("mov") and not packet.is_discard:  # as an edit list cuts it off
+            if kind.startswith("mov") and not packet.is_discard:  # unless an edit list cuts it
                 timing.promised += 1
         yield packet
 
 
 def upright(pixels: np.ndarray, frame: "VideoFrame") -> np.ndarray:
-    """Turn and mirror a picture [H, W, 3] as the display matrix of its film says"""
+    """Rotate and mirror a picture [H, W, 3] as its film's display matrix says"""
     side = frame.side_data.get("DISPLAYMATRIX")
     if side is None:
         return pixels
@@ -396,7 +396,7 @@ def upright(pixels: np.ndarray, frame: "VideoFrame") -> np.ndarray:
     return pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
 
-# Elements that may stand in a Matroska file's segment, and in a cluster of pictures and sound
+# Elements allowed in a Matroska file's segment, and in a cluster of pictures and sound
 SEGMENT, CLUSTER = 0x18538067, 0x1F43B675
 MATROSKA = {
     SEGMENT: {0x114D9B74, 0x1549A966, 0x1654AE6B, 0x1043A770, CLUSTER, 0x1C53BB6B, 0x1941A469}
@@ -457,7 +457,7 @@ def even_rate(times: np.ndarray, nominal: float) -> float | None:
     """Frames per second of a film whose pictures come at even times, else None.  nominal: what the
     file says.
 
-    Even means: no gap is half as long again as the mean gap, or a quarter of it, and no picture is
+    Even means: all gaps are above 1/4 and at most 3/2 of the mean gap, and no picture is
     more than one gap off the regular grid.  Rounded stamps and jitter pass, pauses do not."""
     if len(times) < 2:
         return nominal or None
@@ -478,12 +478,12 @@ def resampling(times: np.ndarray, fps: float | None) -> tuple[np.ndarray, float]
     usual = float(np.median(gaps))
     if fps is None and (usual == 0 or times[-1] / usual > 16 * len(times)):
         raise ValueError(
-            f"its pictures come {gaps.min():.3g} to {gaps.max():.3g} s apart: say in fps how many "
+            f"its pictures come {gaps.min():.3g} to {gaps.max():.3g} s apart: set fps to the "
             "frames per second you want"
         )
     fps = float(fps or round(1 / usual, 3))
     if times[-1] * fps > 1e7:
-        raise ValueError(f"{times[-1]:.3g} s at {fps:g} frames per second are too many frames")
+        raise ValueError(f"{times[-1]:.3g} s at {fps:g} frames per second is too many frames")
     ticks = np.arange(int(times[-1] * fps + 0.01) + 1) / fps
     return np.searchsorted(times, ticks + 0.01 / fps, side="right") - 1, fps
 
@@ -501,7 +501,7 @@ def official_resize(frame: np.ndarray, size: int) -> np.ndarray:
     OpenCV's bilinear resize does, to the bit (official VLA preprocessing; no antialiasing)"""
 
     def taps(source: int, goal: int) -> tuple[np.ndarray, ...]:
-        """Two neighbours of each output pixel, and their weights in units of 1/2048"""
+        """Two neighbors of each output pixel, and their weights in units of 1/2048"""
         place = ((np.arange(goal) + 0.5) * (source / goal) - 0.5).astype(np.float32)
         left = np.floor(place).astype(int)
         weight = np.rint(place % 1 * 2048).astype(int)
@@ -564,7 +564,7 @@ def fill_cache(pack: Pack, sources: list[Source], resized: Callable, name: str) 
                     for thread in work:
                         if thread.done():
                             thread.result()
-            finally:  # of a fault of the machine, or of Ctrl-C, too: start nothing more
+            finally:  # also after a machine fault or Ctrl-C: start nothing more
                 stop.set()
                 bar.close()
         for thread in work:
@@ -598,7 +598,7 @@ def decode_into(pack: Pack, source: Source, resized: Callable, stop: Event) -> N
             with cache_faults(pack.folder):
                 spool.write(pixels)
         if not spool.tell():
-            raise ValueError("it holds no picture")
+            raise ValueError("it has no pictures")
         order, facts = regular_frames(timing, source.fps) if source.kind == "film" else (None, {})
         pack.append(source.key, read_rows(spool, pack.row_bytes, order), **facts)
     finally:
@@ -628,22 +628,22 @@ def how_resampled(entry: dict) -> str:
     low, high = entry["gaps"]
     return (
         f" (its {entry['pictures']} pictures come {low:.3g} to {high:.3g} s apart and were "
-        f"resampled to {entry['fps']:g} per second; a folder of pictures is taken as it is)"
+        f"resampled to {entry['fps']:g} per second; a folder of pictures is used as it is)"
     )
 
 
 def say_about_films(dataset: Path, films: dict[str, tuple[dict, float]]) -> None:
-    """A line about films that were resampled, and one about films that are taken at another rate
-    than their own.  films: of each episode its entry in the cache and its fps"""
+    """A line about films that were resampled, and one about films that are read at a rate
+    not their own.  films: of each episode its entry in the cache and its fps"""
     resampled, retimed = [], []
     for name, (entry, fps) in films.items():
         if "gaps" in entry:
             low, high = entry["gaps"]
             resampled.append(f"{name!r} ({low:.3g} to {high:.3g} s apart, now {fps:g} per second)")
         elif abs(fps / (entry.get("fps") or fps) - 1) > 0.05:
-            retimed.append(f"{name!r} ({fps:g} frames per second, in its file {entry['fps']:g})")
+            retimed.append(f"{name!r} ({fps:g} frames per second, {entry['fps']:g} in its file)")
     for what, found in (
-        ("resampled films whose pictures come at uneven times", resampled),
+        ("resampled films with uneven frame times", resampled),
         ("took films at the fps of episodes.jsonl", retimed),
     ):
         if found:

@@ -33,8 +33,8 @@ DARK, GRAY, LIGHT = "#333333", "#8a8f98", "#d5d9e0"
 @contextmanager
 def new_figure(out: str, width: float, height: float) -> Iterator["Figure"]:
     """An empty figure of width x height inches, written as a PNG of 200 dots per inch to `out` when
-    the block ends.  Exits with code 2 and one line without matplotlib, or if `out` is no place to
-    write."""
+    the block ends.  Exits with code 2 and one line without matplotlib, or if `out` cannot be
+    written."""
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
@@ -64,7 +64,7 @@ def new_figure(out: str, width: float, height: float) -> Iterator["Figure"]:
 # ------------------------------------------------------------------------ losses
 @dataclass(kw_only=True)
 class LossesOptions:
-    run: str = option(help="folder of a whole run, e.g. runs/demo")
+    run: str = option(help="folder of a full run, e.g. runs/demo")
     out: str = option(help="PNG to write")
 
 
@@ -81,7 +81,7 @@ def vocabulary_size(run: Path, name: str) -> int:
     """How many answers a finished stage's head tells apart: latent_vocab or action_vocab of its
     config.json.  Exits with code 2 and one line where it has none."""
     path = common.latest(run) / "config.json"
-    with common.refuse(f"{path}: no checkpoint's", (OSError, ValueError, LookupError, TypeError)):
+    with common.refuse(f"{path}: no checkpoint", (OSError, ValueError, LookupError, TypeError)):
         return int(json.loads(path.read_text(encoding="utf-8"))["model"][name])
 
 
@@ -195,7 +195,7 @@ def split_row(line: str) -> list[str]:
 
 
 def place_arms(arms: list[str]) -> dict[str, float]:
-    """Where each arm's bars stand: one unit apart, with a gap before arms of another kind of video
+    """Where each arm's bars are: one unit apart, with a gap before arms of another kind of video
     (none, robot videos, human videos)"""
     places = {}
     at = 0.0

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The comparison of arms for one seed:    baselines/compare.sh OUT SEED [ARM]
 #
-# Every arm starts from the same base and is finetuned on the same labelled robot episodes. The
-# _human arms see no robot video before that. A stage whose summary.json is there is skipped, one
+# Every arm starts from the same base and is finetuned on the same labeled robot episodes. The
+# _human arms see no robot video before that. A stage whose summary.json is there is skipped; one
 # that was interrupted continues. Without ARM: all arms, two processes of one thread each side by
 # side (faster than one process of two threads), and their success rates in OUT/arms/results.json.
 set -euo pipefail
@@ -15,7 +15,7 @@ cd "$(dirname "$0")/.."
 unset MAKEFLAGS MAKELEVEL # of a make that called this script
 export OMP_NUM_THREADS=1
 
-from_make() { # from_make TARGET: what the arms share, LAPA and SCRATCH are in the Makefile
+from_make() { # from_make TARGET: shared stages, LAPA and SCRATCH are in the Makefile
   make --no-print-directory "$1" DATA=data/tabletop OUT="$out" SEED="$seed" PRESET="$preset" ARGS=
 }
 run() { # run FILE COMMAND..: unless the file, which the command makes last, is there

@@ -1,6 +1,6 @@
 """VPT (Baker et al. 2022): guess the actions of videos with an inverse dynamics model.
 
-The model is a fresh stage-1 encoder with a linear head.  From the labelled episodes it learns to
+The model is a fresh stage-1 encoder with a linear head.  From the labeled episodes it learns to
 read a_t off (x_t, x_{t+1}); then it guesses the actions of every episode of --data.  Stage 2
 predicts those in place of latent actions (paper section 4, baseline VPT).
 
@@ -37,8 +37,8 @@ class InverseDynamicsConfig:
     out: str = option(help="labels file to write (.safetensors)")
     preset: str = option("lapa", "size, as in the other stages: tiny, base or lapa")
     where: str = option("", "guess for episodes with these fields")
-    held_out: int = option(50, "episodes that are not learned from; 0: none", 0)
-    labelled: int = option(100, "labelled episodes to learn from, drawn by --seed")
+    held_out: int = option(50, "episodes held out; 0: none", 0)
+    labelled: int = option(100, "labeled episodes to learn from, drawn by --seed")
     labelled_data: str = option("", "where they are; empty: --data")
     labelled_where: str = option("", "and which, e.g. combination=seen")
     steps: int = option(400, f"optimization steps, of {BATCH} pairs each")
@@ -46,10 +46,10 @@ class InverseDynamicsConfig:
     warmup: int = option(20, "steps of linear warm-up")
     final_lr: float = option(0.05, "cosine down to this fraction of lr")
     image_size: int = option(256, "pixels, as in pretraining, which shares the frame cache")
-    for_vqgan: bool = option(False, "resize pictures as a model that reads codes needs them")
+    for_vqgan: bool = option(False, "resize pictures as for a model that reads codes")
     bins: int = option(256, "as in pretraining")
     binary: str = option("", "as in pretraining: dimensions that mean 0 or 1 (grippers), e.g. 6")
-    seed: int = option(0, "of weights, batches and the choice of labelled episodes")
+    seed: int = option(0, "of weights, batches and the choice of labeled episodes")
 
 
 PRESETS = {
@@ -90,7 +90,7 @@ def encoder_shape(preset: str, image_size: int) -> LAQConfig:
 def train(
     c: InverseDynamicsConfig, labelled: list[data.Episode], processes: training.Processes
 ) -> InverseDynamics:
-    """Regress the labelled episodes' actions from pairs of neighboring frames"""
+    """Regress the labeled episodes' actions from pairs of neighboring frames"""
     torch.manual_seed(c.seed)
     actions = np.concatenate([episode.actions for episode in labelled])
     model = InverseDynamics(encoder_shape(c.preset, c.image_size), actions).to(processes.device)

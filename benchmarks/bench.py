@@ -1,7 +1,7 @@
 """Speed and memory of the parts, one table:    python -m benchmarks.bench [cpu|compiled|gpu|memory]
 
-Each row stands beside the matmul rate (of its precision) or the memory bandwidth, measured in the
-same process, one of its own.  `compiled` compares tiny networks with and without torch.compile.
+Each row is set against the matmul rate (of its precision) or the memory bandwidth, measured in the
+row's own process.  `compiled` compares tiny networks with and without torch.compile.
 `memory` computes what finetuning a 7B takes, on any machine.  Tables and what they say:
 docs/benchmarks.md."""
 
@@ -43,7 +43,7 @@ def main(what: str = "cpu") -> None:
         fail(f"{what!r}: expected one of {', '.join(PARTS)}, memory")
     device = processes().device
     if what == "gpu" and device.type != "cuda":
-        fail("no GPU here that torch can see")
+        fail("torch sees no GPU here")
     print(
         f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}; matmul "
         f"{matmul_rate(False) / 1e9:,.0f} (fp32) and {matmul_rate(True) / 1e9:,.0f} (bf16) "

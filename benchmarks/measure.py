@@ -15,7 +15,7 @@ import training
 from model.laq import Attention
 
 PRODUCTS = ("mm", "matmul", "conv", "softmax")  # in the names of operations
-HEADER = "| what | rate | per step | share of the machine's | peak memory |\n|---|---|---|---|---|"
+HEADER = "| what | rate | per step | share of machine rate | peak memory |\n|---|---|---|---|---|"
 
 
 @cache
@@ -25,7 +25,7 @@ def processes() -> training.Processes:
 
 
 def wait() -> None:
-    """Until the GPU has done what it was told"""
+    """Wait until the GPU has done its work"""
     if processes().device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -34,7 +34,7 @@ def seconds(
     work: Callable[[], object], budget: float, least: int = 1, most: int = 50
 ) -> tuple[float, list[float]]:
     """Time of the fastest run, and of all: as many as begin within the budget (seconds), at least
-    `least`, at most `most`.  One run goes before, to warm up."""
+    `least`, at most `most`.  A warm-up run comes first."""
     work()
     times = []
     began = time.time()
@@ -55,7 +55,7 @@ def matmul_rate(bf16: bool, size: int = 2048) -> float:
 
 
 def bandwidth() -> float:
-    """Bytes per second at which a matrix is read that is multiplied by a vector"""
+    """Bytes per second at which a matrix-vector product reads its matrix"""
     a = torch.rand(8192, 8192, device=processes().device)
     return a.nbytes / seconds(lambda: torch.mv(a, a[0]), 0.5)[0]
 

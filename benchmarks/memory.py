@@ -20,7 +20,7 @@ def block_cost(config: VLAConfig, length: int, lora_rank: int = 0) -> tuple[int,
 
 
 def cost_with_weights(config: VLAConfig, length: int, lora_rank: int) -> tuple[int, int]:
-    """The same, the kept bytes with the weights that autocast has copied"""
+    """The same, but the bytes include weights that autocast has copied"""
     with FakeTensorMode(), FlopCounterMode(display=False) as counter:
         net = VLA(replace(config, layers=1))
         if lora_rank:
@@ -57,7 +57,7 @@ def finetuning_memory(
 ) -> dict[str, float]:
     """Bytes that each GPU needs to finetune a VLA in bf16 on `rows` rows at once, by kind, when the
     fp32 weights, gradients and both moments of Adam are laid out as training.place does it.
-    accumulate: a step has several parts, so gradients lie there while the next part runs"""
+    accumulate: a step has several parts, so gradients stay while the next part runs"""
     with torch.device("meta"):
         net = VLA(config)
     if lora_rank:

@@ -1,4 +1,4 @@
-"""Rows of the networks: training and labelling of the LAQ, training and actions of the VLA."""
+"""Rows of the networks: training and labeling of the LAQ, training and actions of the VLA."""
 
 from collections.abc import Callable
 
@@ -75,7 +75,7 @@ def train_laq(model: LAQ, optimizer: Optimizer, c: quantize.QuantizeConfig, pair
     for part in processes().micro_batches(model, batch):
         with torch.autocast(processes().device.type, torch.bfloat16, enabled=c.bf16):
             loss, d, indices = model(**part)
-        loss.item()  # the loop looks whether it is finite
+        loss.item()  # the loop checks that it is finite
         (loss / c.accumulate).backward()
     update(optimizer, c)
     quantize.update_codebook(model, d.detach(), indices, c, 1, processes())
@@ -88,7 +88,7 @@ def train_vla(
     for part in processes().micro_batches(model, rows):
         with torch.autocast(processes().device.type, torch.bfloat16, enabled=c.bf16):
             loss, _ = finetune.loss_of(model, part, 0.0)
-        loss.item()  # the loop looks whether it is finite
+        loss.item()  # the loop checks that it is finite
         (loss / c.accumulate).backward()
     update(optimizer, c)
 
@@ -103,7 +103,7 @@ def update(optimizer: Optimizer, c: quantize.QuantizeConfig | finetune.FinetuneC
 
 # ------------------------------------------------------------------------ stage 1
 def laq(preset: str, batch: int, compiled: bool = False, profiled: bool = False) -> None:
-    """A training step, where its time goes (profiled), and labelling"""
+    """A training step, where its time goes (profiled), and labeling"""
     c = quantize.QuantizeConfig(data="", out="", compile=compiled, **quantize.PRESETS[preset])
     c.batch = batch
     torch.manual_seed(0)
@@ -117,7 +117,7 @@ def laq(preset: str, batch: int, compiled: bool = False, profiled: bool = False)
         print_time_outside(train, compiled)
     # Around all batches, as in quantize.py: weights are cast once.
     with torch.autocast(processes().device.type, torch.bfloat16, enabled=c.bf16):
-        name = f"LAQ {preset} labelling, {batch} pairs"
+        name = f"LAQ {preset} labeling, {batch} pairs"
         print_step_row(name, batch, "pairs", c.bf16, lambda: model.label(pairs))
 
 
@@ -189,7 +189,7 @@ def print_vla_training(
     rows: dict[str, Tensor | None],
     train: Callable[[], object],
 ) -> None:
-    """The row of a training step and, of larger models, the memory that is computed for it"""
+    """The row of a training step and, for larger models, the memory computed for it"""
     batch, length = rows["tokens"].shape
     flops = 3 * batch * model.config.layers * block_cost(model.config, length)[0]
     name = f"{name} training, {batch} rows of {length} tokens"
@@ -219,6 +219,6 @@ def print_action(name: str, model: VLA, prompt: tuple, bf16: bool) -> None:
     print_row(
         f"{name} action, batch {batch}, prompt of {length}, {precision(bf16)}",
         f"p50 {1000 * np.median(times):.1f}, p95 {1000 * np.quantile(times, 0.95):.1f} ms",
-        f"prefill {1000 * first:.1f}, a token {1000 * token:.2f} ms",
+        f"prefill {1000 * first:.1f}, token {1000 * token:.2f} ms",
         f"{read / token / bandwidth():.0%} of bandwidth",
     )

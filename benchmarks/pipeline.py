@@ -1,4 +1,4 @@
-"""Rows of the frame cache and of whole stages."""
+"""Rows of the frame cache and of full stages."""
 
 import os
 import resource
@@ -63,7 +63,7 @@ def print_loader_row(name: str, read: Callable[[], np.ndarray], peak: float) -> 
 
 
 def stages(steps: int = 30) -> None:
-    """The demo's stages as a user starts them: seconds of the whole process, start and data too"""
+    """The demo's stages as a user starts them: seconds of the process, with start and data"""
     with tempfile.TemporaryDirectory() as home:
         train = f"--preset tiny --steps {steps} --held_out 10 --out {home}"
         videos = f"--data {home}/table"

@@ -6,9 +6,9 @@ LAQ  (paper 3.1, figure 8)  a VQ-VAE in the style of C-ViViT: two frames in, `co
 VLA  (paper 3.2, 3.3)  a LLaMA body over four vocabularies (text, vision, latent action, robot
      action); every position belongs to one of them.  `pretrain.py` and `finetune.py` train it.
 
-This folder needs torch alone and can be copied out.  "(code)" marks what the paper leaves open and
-the official repository (github.com/LatentActionPretraining/LAPA) decides.  "Gain" tells how often a
-fast path runs in the time of its plain form, in training (forward and backward) and in inference,
+This folder needs only torch and can be copied out.  "(code)" marks what the paper leaves open and
+the official repository (github.com/LatentActionPretraining/LAPA) decides.  "Gain" is the speed of a
+fast path relative to its plain form, in training (forward and backward) and in inference,
 for the shapes of the presets tiny and lapa; `python -m benchmarks.fast_paths` measures it.
 
 Letters in shape comments: B batch, T time (2 in a pair), C color, H W pixels, N patches of a frame,

@@ -293,8 +293,8 @@ class PositionBias(nn.Module):
         return self.of_offsets(self.offsets()).permute(2, 0, 1)[None]  # 1 heads N N
 
     def look_up(self) -> Tensor:
-        """`compute` with the MLP on the (2 grid - 1)^2 offsets that differ and a look-up: 225 in
-        place of 4096 on a grid of 8.
+        """`compute` with the MLP on the (2 grid - 1)^2 distinct offsets and a lookup: 225
+        instead of 4096 on a grid of 8.
 
         Gain in training and inference: tiny 4.5 and 3.6, lapa 16 and 13.
         Test: test_position_bias_depends_on_the_offset_alone"""
@@ -339,7 +339,7 @@ def nearest(d: Tensor, codebook: Tensor) -> Tensor:
 
 
 class Quantizer(nn.Module):
-    """NSVQ (Vali and Backstrom 2022) with a codebook that cannot stay dead.
+    """NSVQ (Vali and Backstrom 2022) whose dead codes are revived.
 
     State: `codebook` [V, Q] and the buffer `uses` [V], of each entry since the last replacement."""
 
@@ -450,7 +450,7 @@ class LAQ(nn.Module):
         super().__init__()
         c = self.config = config
         if c.image_size % c.patch_size:
-            raise ValueError(f"image_size {c.image_size}: no multiple of patch_size {c.patch_size}")
+            raise ValueError(f"patch_size {c.patch_size} must divide image_size {c.image_size}")
         pixels = 3 * c.patch_size**2
         temporal_peg = MisreadPEG if c.official_peg else PEG
         quantizer = OfficialQuantizer if c.official_counting else Quantizer

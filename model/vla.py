@@ -190,7 +190,7 @@ def zero_after_end(answer: Tensor) -> Tensor:
 
 
 class VLA(nn.Module):
-    """LLaMA over four vocabularies.  Each position is embedded and scored by its own one.
+    """LLaMA over four vocabularies.  Each position is embedded and scored by its own.
 
     Raises ValueError for sizes that do not divide."""
 
@@ -199,7 +199,7 @@ class VLA(nn.Module):
         c = self.config = config
         if c.dim % (2 * c.heads) or c.dim % 4 or c.image_size % max(1, c.patch_size):
             raise ValueError(
-                f"dim {c.dim} has to divide by 4 and by 2 x heads ({c.heads}), "
+                f"dim {c.dim} must be divisible by 4 and 2x heads ({c.heads}), "
                 f"image_size {c.image_size} by patch_size ({c.patch_size})"
             )
         self.text_embed = nn.Embedding(c.text_vocab, c.dim)

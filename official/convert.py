@@ -33,11 +33,11 @@ class ConvertConfig:
     source: list = option(help="official files, or a folder of them")
     out: str = option(help="folder to write")
     to: str = option("", "hf: the text part of a VLA, in Hugging Face's layout")
-    heads: int = option(0, "of a VLA whose files do not tell; 0: width / 128")
-    rope_theta: float = option(5e7, "of a VLA whose files do not tell")
+    heads: int = option(0, "of a VLA whose files do not say; 0: width / 128")
+    rope_theta: float = option(5e7, "of a VLA whose files do not say")
     rounded_rope: bool = option(True, "params stream: rotary tables as in official bf16 training")
-    image_size: int = option(0, "pixels; 0: 256, or of a LAQ what its number of codes needs")
-    code_len: int = option(0, "LAQ: codes per pair; 0: the file tells, if it can")
+    image_size: int = option(0, "pixels; 0: 256, or for a LAQ what its codes need")
+    code_len: int = option(0, "LAQ: codes per pair; 0: from the file, if it says")
     window: float = option(0.6, "LAQ: seconds between its frames (not in the file)")
 
 
@@ -109,7 +109,7 @@ def add_source(draft: Draft, path: Path, c: ConvertConfig) -> None:
 
 
 def check_together(draft: Draft, sources: str) -> None:
-    """Refuse sources that are no checkpoint together; give a VLA the patches of its VQGAN"""
+    """Refuse sources that do not form a checkpoint; give a VLA the patches of its VQGAN"""
     meta = draft.meta
     if len(draft.models) > 1 or not draft.models and "vqgan" not in meta:
         common.fail(f"{sources}: expected one model among them, found {len(draft.models)}")

@@ -73,7 +73,7 @@ def code_layout(
 ) -> tuple[int, int]:
     """How many codes a LAQ makes, and of how many patches per side.
 
-    A kernel that fits one number of codes tells both.  A 3x3 one makes 4 codes of 8 patches per
+    A kernel that fits one number of codes gives both.  A 3x3 one makes 4 codes of 8 patches per
     side or 16 of 16, and where there is no second convolution the patches alone decide: then
     code_len or image_size (0: not given) has to say.  Raises ValueError if that is missing or does
     not fit.
@@ -103,7 +103,7 @@ def code_layout(
 
 
 def read_sizes(source: Source) -> dict[str, int]:
-    """The fields of a LAQConfig that the shapes of its tensors tell"""
+    """The fields of a LAQConfig that its tensor shapes give"""
     pixels = read_size(  # values of a patch
         source,
         ("to_patch_emb_first_frame.2.weight", 1),

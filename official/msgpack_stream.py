@@ -59,7 +59,7 @@ def read_number(file: BinaryIO, width: int) -> int:
 
 
 def pass_over(file: BinaryIO, count: int) -> range:
-    """Where the next `count` bytes are, without reading them.  Raises EOFError if they are not"""
+    """Where the next `count` bytes are, without reading them.  Raises EOFError if missing"""
     begin = file.tell()
     file.seek(begin + count - 1)
     read_bytes(file, 1)

@@ -71,7 +71,7 @@ def axis_size(source: Source, name: str, axis: int) -> int | None:
 
 
 def read_size(source: Source, *places: tuple[str, int]) -> int:
-    """Read one size of a network off axes of tensors that are named one by one.
+    """Read one size of a network from the axes of a few named tensors.
 
     places: (tensor name, axis), at most three: where the size is defined, where it has to be the
     same, and what decides when these two differ.  The size is the one that two of them agree on, so

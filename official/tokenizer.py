@@ -8,10 +8,10 @@ import common
 
 
 def find_merges(pieces: list[str], scores: list[float]) -> list[tuple[str, str]]:
-    """The merges of a BPE tokenizer, first the one that is to be done first.
+    """The merges of a BPE tokenizer, in the order in which they apply.
 
     pieces: the vocabulary by id; scores: of each piece, the higher the earlier it is formed.  Every
-    way to cut a piece into two others is a merge; equal scores go by the ids of both parts."""
+    way to cut a piece into two others is a merge; ties are broken by both parts' ids."""
     rank = {piece: i for i, piece in enumerate(pieces)}
     merges = []
     for word, i in rank.items():

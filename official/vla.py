@@ -23,7 +23,7 @@ from official.tensors import (
     rename,
 )
 
-HEAD_WIDTH = 128  # channels per attention head of LWM, where a file does not tell the heads
+HEAD_WIDTH = 128  # channels per attention head of LWM, where a file does not say
 
 
 def number_of_heads(heads: int, dim: int) -> int:
@@ -54,7 +54,7 @@ SCANNED = "transformer/h/scan_decoder/"  # all layers in one tensor, whose first
 def stream_counterpart(name: str, shape: Shape, scanned_layers: int = 0) -> Counterpart:
     """Our VLA's tensor in a params stream, where kernels are (in, out).
 
-    scanned_layers: how many layers lie in one tensor, 0 if each has tensors of its own"""
+    scanned_layers: how many layers share a tensor, 0 if each has tensors of its own"""
     official = rename(name, STREAM_NAMES)
     layer = None
     arrange = as_stored
@@ -188,7 +188,7 @@ def from_hugging(
     path: Path, heads: int = 0, rope_theta: float = 5e7, image_size: int = 0
 ) -> tuple[VLAConfig, Readers]:
     """A folder or file in Hugging Face's layout (LWM-Text) -> a VLA of text alone: its shape, and
-    its tensors.  What config.json says precedes rope_theta, and `heads` what it says.
+    its tensors.  config.json overrides rope_theta, and `heads` overrides config.json.
 
     Raises ValueError that names the tensors which are missing, unexpected or misshapen."""
     source = {

@@ -45,7 +45,7 @@ class VQGANConfig:
 
     @property
     def widths(self) -> list[int]:
-        """Channels of each level, from full resolution down; each has half the pixels a side"""
+        """Channels of each level, from full resolution down; each halves the side length"""
         return [self.hidden * multiplier for multiplier in self.multipliers]
 
 

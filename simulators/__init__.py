@@ -1,7 +1,7 @@
 """Simulators that evaluate.py opens by name: `--env NAME` is the file simulators/NAME.py.
 
 That file defines a class with the members of `Simulator` below, and names it: `SIMULATOR = Class`.
-It is imported only when asked for.  docs/simulators.md shows a whole one."""
+It is imported only when asked for.  docs/simulators.md shows a full one."""
 
 import importlib
 from collections.abc import Mapping, Sequence
@@ -49,13 +49,13 @@ class Simulator(Protocol):
 
     def reset(self, seed: Sequence[int]) -> tuple[Observation, Info]:
         """Begin B episodes.  seed: (the run's seed, the number of the first world in the run);
-        the same seed gives the same episodes, and numpy.random.default_rng takes it as it is"""
+        the same seed gives the same episodes, and numpy.random.default_rng takes it as is"""
 
     def step(
         self, action: np.ndarray
     ) -> tuple[Observation, np.ndarray, np.ndarray, np.ndarray, Info]:
         """action float [B, A] -> observation, reward float [B], terminated bool [B], truncated
-        bool [B], info.  A world that is either stays so, and as it is, whatever its action"""
+        bool [B], info.  A world that is either stays so, unchanged, whatever its action"""
 
 
 def find_simulator(name: str) -> type[Simulator]:
@@ -94,7 +94,7 @@ def read_options(text: str, kinds: Mapping[str, type]) -> dict[str, Option]:
     for part in text.split(",") if text else ():
         name, equals, value = part.partition("=")
         if not equals or name in chosen:
-            fail(f"--env_options {text!r}: expected name=value, comma separated, each name once")
+            fail(f"--env_options {text!r}: expected name=value, comma-separated, each name once")
         if name not in kinds:
             known = f"expected one of {', '.join(kinds)}" if kinds else "this simulator has none"
             fail(f"--env_options {name}: no such option, {known}")

@@ -1,4 +1,4 @@
-"""A table top in numpy: four blocks, one effector, quasi-static pushing, pixels out.
+"""A tabletop in numpy: four blocks, one effector, quasi-static pushing, pixels out.
 
 The built-in simulator, in the spirit of Language Table (Lynch et al. 2022, arXiv 2210.06407).
 Everything is vectorized over B tables.
@@ -10,7 +10,7 @@ Everything is vectorized over B tables.
 
 The table is the unit square, x to the right and y down as in the picture.  Actions are float [B, 2]
 in [-1, 1]: the wanted displacement of the effector in units of the embodiment's speed.  Blocks are
-discs for contact, whatever their looks, and do not turn.  A finished table stays as it is.
+disks for contact, whatever their looks, and do not turn.  A finished table stays as it is.
 
     python -m simulators.tabletop OUT          # a dataset of its expert's episodes"""
 
@@ -89,7 +89,7 @@ def instruction(family: int, block: int, argument: int) -> str:
 
 
 def vocabulary() -> list[str]:
-    """Every text the table top can produce, for training a word-level tokenizer"""
+    """Every text the tabletop can produce, for training a word-level tokenizer"""
     numbers = " ".join(map(str, range(CAPTION_BINS)))
     return [instruction(*task) for task in tasks()] + [f"describe the table where is tip {numbers}"]
 
@@ -328,7 +328,7 @@ class TableTop:
         return np.clip(action + noise * self.rng.standard_normal(action.shape), -1, 1)
 
     def _approach(self, goals: Goals) -> Approach:
-        """Put the origin into the block and turn the axes towards its goal"""
+        """Put the origin into the block and turn the axes toward its goal"""
         ends = (goals.block, goals.start + 0.3 * goals.direction, goals.place, goals.other)
         ahead, _ = _polar(np.choose(goals.family[:, None], ends) - goals.block)
         side = ahead[:, ::-1] * (-1, 1)  # a quarter turn
@@ -377,7 +377,7 @@ def _push(view: Approach, speed: float) -> np.ndarray:
 
 
 def _way_behind(view: Approach) -> tuple[np.ndarray, np.ndarray]:
-    """-> the straight way [B, 2] to the spot behind the block, and bool [B]: the block is in it.
+    """-> the path [B, 2] to the spot behind the block, and bool [B]: the block is in the way.
 
     The point of the way that is nearest to the block is the foot of the perpendicular from the
     block's center: at this part of the way, kept within its ends."""
@@ -503,11 +503,9 @@ class TabletopOptions:
     out: str = option(help="folder to write")
     episodes: int = option(2000, "scripted episodes to record")
     embodiment: str = option("robot", "robot or human")
-    look: str = option(
-        "plain", "plain or real (colors, wood grain and light of each episode's own)"
-    )
+    look: str = option("plain", "plain or real (random colors, wood grain and light per episode)")
     tasks: str = option("all", "all, seen or unseen instructions")
-    noise: float = option(0.1, "standard deviation of what is added to the expert's actions")
+    noise: float = option(0.1, "standard deviation of noise added to the expert's actions")
     scenes: int = option(0, "instead of episodes: that many still scenes with captions")
     size: int = option(64, "pixels")
     seed: int = option(0, "of tables and tasks")
@@ -551,7 +549,7 @@ def record(options: TabletopOptions, folder: Path) -> Iterator[dict]:
             if kept == options.episodes:
                 return
     raise ValueError(
-        f"--noise {options.noise}: the expert reached {kept} goals of {options.episodes}"
+        f"--noise {options.noise}: the expert reached {kept} of {options.episodes} goals"
     )
 
 

@@ -153,7 +153,7 @@ def test_rate_is_that_of_the_pictures(films, tmp_path, name, rate):
 
 def test_film_at_another_rate_than_its_own_is_reported(films, tmp_path, capsys):
     make_film(tmp_path / "a.mp4", moving_dot(10), rate=60)
-    for fps, words in ((15, "'a' (15 frames per second, in its file 60)"), (60, ""), (59.94, "")):
+    for fps, words in ((15, "'a' (15 frames per second, 60 in its file)"), (60, ""), (59.94, "")):
         (e,) = data.open_dataset(films({"a": "a.mp4"}, fps=fps), 64).episodes
         assert e.fps == fps and len(e.frames) == 10
         said = capsys.readouterr().out
@@ -218,7 +218,7 @@ def test_times_that_run_backwards_or_would_fill_the_disk_are_refused():
     with pytest.raises(ValueError, match="backwards at picture 4"):
         video.Timing(pictures=[0.0, 0.1, 0.2, 0.1]).times()
     pause = video.Timing(pictures=[0.0, 0.1, 0.2, 3600.0])
-    with pytest.raises(ValueError, match="0.1 to 3.6e.03 s apart: say in fps"):
+    with pytest.raises(ValueError, match="0.1 to 3.6e.03 s apart: set fps"):
         video.regular_frames(pause, None)
     assert len(video.regular_frames(pause, 5)[0]) == 18001
     with pytest.raises(ValueError, match="too many frames"):
