@@ -525,11 +525,12 @@ class Run:
     ) -> None:
         """Stop before a loss or gradient that is not finite can spoil the weights: name the
         episodes of this step and the last good checkpoint"""
-        if math.isfinite(float(value)):
+        number = value.item() if isinstance(value, Tensor) else value
+        if math.isfinite(number):
             return
         names = ", ".join(sorted(set(sampler.episode_ids(step))))
         fail(
-            f"the {what} is {float(value)}: step {step}, episodes {names}; last good checkpoint: "
+            f"the {what} is {number}: step {step}, episodes {names}; last good checkpoint: "
             f"{self.last_checkpoint or 'none'}"
         )
 
