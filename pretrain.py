@@ -46,7 +46,7 @@ class PretrainConfig(VLAConfig, training.TrainConfig):
     vqgan: str = option(
         "", "where the image tokenizer of a model with vision codes is; empty: --init_from"
     )
-    freeze_vision: bool = option(True, "freeze vision (paper 3.2); without --init_from: trained")
+    freeze_vision: bool = option(True, "with --init_from, keep the patch embedding (paper 3.2)")
     template: str = option("{instruction}", "text around the instruction")
     length: int = option(
         0, "tokens a row is cut or padded to; 0: the longest of the batch (official 384)"
@@ -364,7 +364,7 @@ def open_data(
 
 
 def make_optimizer(model: VLA, c: PretrainConfig, fresh: list[str]) -> Optimizer:
-    """AdamW; fresh tensors learn at head_lr x lr; a pretrained vision side stays frozen"""
+    """AdamW; fresh tensors learn at head_lr x lr; pretrained patch embeddings stay frozen"""
     if c.freeze_vision and c.init_from:
         model.freeze_vision()
     groups = model.parameter_groups(c.lr, c.head_lr, fresh)

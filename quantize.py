@@ -130,7 +130,8 @@ def train(c: QuantizeConfig) -> None:
         training.set_learning_rate(optimizer, c, step)
         shift = shift_at(step, c.shift, c.shift_from, c.shift_until)
         shifted = data.random_shift(pairs, shift, c.batch, local_rows) if shift else None
-        # NSVQ's noise, drawn for the global batch: the same for any number of processes
+        # NSVQ's noise, for the global batch, so the same for any number of processes (run.steps
+        # has seeded torch)
         noise = torch.randn(c.batch, c.code_len, c.quant_dim)[local_rows].to(pairs.device)
         batch = {"pair": pairs, "shifted": shifted, "noise": noise}
         results = []
@@ -157,9 +158,6 @@ def train(c: QuantizeConfig) -> None:
 
 def build_model(c: QuantizeConfig) -> LAQ:
     """A fresh LAQ of the shape that the options give"""
-    if (Path(c.out) / "latest").is_file():  # a run of older code is continued in its own shape
-        _, meta = common.open_checkpoint(c.out, "out", ("quantize",))
-        c.code_relu = laq_shape(meta)["code_relu"]
     shape = LAQConfig(**{field.name: getattr(c, field.name) for field in fields(LAQConfig)})
     torch.manual_seed(c.seed)
     with common.refuse("network"):
@@ -193,19 +191,20 @@ def update_codebook(
     return len(indices.unique())
 
 
+def replacement_due(step: int, official: bool = False) -> bool:
+    """Whether dead codes are replaced after this many steps: every 10 steps before step 100, then
+    every 50.  Officially every 10, 100, then 500 steps, and never from step 5000 on."""
+    if official:
+        every = 10 if step < 100 else 100 if step < 1000 else 500
+        return 0 < step < 5000 and step % every == 0
+    return step > 0 and step % (10 if step < 100 else 50) == 0
+
+
 def shift_at(step: int, largest: float, first: int, whole: int) -> float:
     """The common random shift at a step.  Codes must first become useful to the decoder: it grows
     from step `first` and is full at step `whole`."""
     growth = (step - first + 1) / max(1, whole - first)
     return largest * min(1.0, max(0.0, growth))
-
-
-def replacement_due(step: int, official: bool = False) -> bool:
-    """Dead codes are replaced often at first, then every 50 steps; officially before step 5000"""
-    if official:
-        every = 10 if step < 100 else 100 if step < 1000 else 500
-        return 0 < step < 5000 and step % every == 0
-    return step > 0 and step % (10 if step < 100 else 50) == 0
 
 
 # ------------------------------------------------------------------------ labels, report card
@@ -296,6 +295,13 @@ def laq_shape(meta: dict) -> dict:
     return {"code_relu": not shape.get("official_peg", False), **shape}
 
 
+def keep_older_shape(options: QuantizeConfig) -> None:
+    """A run of older code that is continued keeps its ReLU"""
+    if (Path(options.out) / "latest").is_file():
+        _, meta = common.open_checkpoint(options.out, "out", ("quantize",))
+        options.code_relu = laq_shape(meta)["code_relu"]
+
+
 def load_laq(path: str | Path, asked_by: str = "laq") -> tuple[LAQ, dict]:
     """A checkpoint's LAQ, in evaluation mode, and its meta"""
     weights, meta = common.load_checkpoint(path, asked_by, ("quantize",))
@@ -327,4 +333,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] in (["label"], ["report"]):
         apply(sys.argv[1], *common.parse_options(ApplyConfig, sys.argv[2:]))
     else:
-        train(common.parse_options(QuantizeConfig, sys.argv[1:], PRESETS)[0])
+        options, _ = common.parse_options(QuantizeConfig, sys.argv[1:], PRESETS)
+        keep_older_shape(options)
+        train(options)

@@ -12,7 +12,7 @@ fast path relative to its plain form, in training (forward and backward) and in 
 for the shapes of the presets tiny and lapa; `python -m benchmarks.fast_paths` measures it.
 
 Letters in shape comments: B batch, T time (2 in a pair), C color, H W pixels, N patches of a frame,
-D width, K code_len, Q quant_dim, L sequence length, S places of a cache, V a vocabulary's size."""
+D width, K code_len, Q quant_dim, L sequence length, S slots of a cache, V a vocabulary's size."""
 
 from .laq import LAQ, LAQConfig, nearest
 from .parts import differences, full_tensor, load_strictly

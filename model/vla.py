@@ -287,7 +287,7 @@ class VLA(nn.Module):
 
     def freeze_vision(self) -> None:
         """Keep the embedding of linear patches as it is (paper 3.2).  A model that reads codes has
-        none: their VQGAN is frozen anyway."""
+        none: its VQGAN is outside the model, and its table of codes is trained."""
         if self.reads_patches:
             for parameter in (*self.patch_embed.parameters(), self.patch_position):
                 parameter.requires_grad_(False)

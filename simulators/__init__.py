@@ -55,7 +55,7 @@ class Simulator(Protocol):
         self, action: np.ndarray
     ) -> tuple[Observation, np.ndarray, np.ndarray, np.ndarray, Info]:
         """action float [B, A] -> observation, reward float [B], terminated bool [B], truncated
-        bool [B], info.  A world that is either stays so, unchanged, whatever its action"""
+        bool [B], info.  A terminated or truncated world does not change, whatever its action"""
 
 
 def find_simulator(name: str) -> type[Simulator]:
