@@ -201,7 +201,7 @@ def replacement_due(step: int, official: bool = False) -> bool:
 
 
 def shift_at(step: int, largest: float, first: int, whole: int) -> float:
-    """The common random shift at a step.  Codes must first become useful to the decoder: it grows
+    """The shared random shift at a step.  Codes must first become useful to the decoder: it grows
     from step `first` and is full at step `whole`."""
     growth = (step - first + 1) / max(1, whole - first)
     return largest * min(1.0, max(0.0, growth))
