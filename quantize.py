@@ -10,6 +10,7 @@ every frame of the dataset is labeled with its latent action, and a report card 
     python quantize.py label --laq O --data OTHER --out other.safetensors    # label more videos
     python quantize.py report --laq O --data OTHER --out reports/other     # report card on them"""
 
+import importlib.util
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -313,6 +314,8 @@ def load_laq(path: str | Path, asked_by: str = "laq") -> tuple[LAQ, dict]:
 
 def apply(command: str, c: ApplyConfig, given: set[str]) -> None:
     """Label other videos, or write a report card on them, with a finished LAQ"""
+    if command == "report" and importlib.util.find_spec("analysis") is None:
+        common.fail("report: it needs the folder analysis/, which is missing")
     model, meta = load_laq(c.laq)
     device = next(model.parameters()).device
     window = c.window or meta["window"]

@@ -8,6 +8,7 @@ predicts those in place of latent actions (paper section 4, baseline VPT).
         --labelled_where combination=seen --preset tiny --out runs/vpt/actions.safetensors
     python pretrain.py --labels idm --labels_file runs/vpt/actions.safetensors --data data/human"""
 
+import os
 import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -152,10 +153,19 @@ def held_out_r2(model: InverseDynamics, held_out: list[data.Episode]) -> list[fl
     return [value if value is None else round(value, 3) for value in r2]
 
 
+def refuse_unwritable(out: Path) -> None:
+    """Before training: refuse a file that could not be written at the end"""
+    with common.refuse(f"--out {out}"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.is_dir() or not os.access(out.parent, os.W_OK):
+            raise OSError("cannot be written")
+
+
 def main(c: InverseDynamicsConfig) -> None:
     processes = training.start_processes()
     if processes.world > 1:
         common.fail("baselines.inverse_dynamics runs in one process")
+    refuse_unwritable(Path(c.out))
     labelled_folder = c.labelled_data or c.data
     labelled_set = data.open_dataset(
         labelled_folder, c.image_size, c.labelled_where, for_vqgan=c.for_vqgan

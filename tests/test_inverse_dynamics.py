@@ -167,6 +167,18 @@ def test_several_processes_are_refused(inside, make_dataset, tmp_path, capsys, m
     assert "out" not in os.listdir(tmp_path)
 
 
+def test_a_file_that_cannot_be_written_is_refused_before_training(
+    inside, make_dataset, tmp_path, capsys, monkeypatch
+):
+    folder = make_dataset({"a": 5, "b": 5})
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(inverse_dynamics, "train", None)  # must not be reached
+    for out in (tmp_path, tmp_path / "file/x.safetensors"):
+        assert inside(*COMMAND, "--data", folder, "--labelled", 1, "--out", out) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: --out {out}: ") and said.count("\n") == 1
+
+
 # ---------------------------------------------------------------- pretraining on guesses
 def test_pretraining_uses_the_guesses_of_the_file(runs, capsys, call):
     guesses = load_file(runs / "guesses.safetensors")

@@ -1,6 +1,7 @@
 """Stage 1: the codebook heals, labels are made in the precision of training, older runs keep their
 shape."""
 
+import importlib.util
 from dataclasses import fields
 
 import numpy as np
@@ -115,3 +116,12 @@ def test_dead_codes_are_replaced_often_at_first():
 def test_official_replacement_ends_before_step_5000():
     steps = [step for step in range(6000) if quantize.replacement_due(step, official=True)]
     assert steps == [*range(10, 100, 10), *range(100, 1000, 100), *range(1000, 5000, 500)]
+
+
+def test_a_report_without_the_analysis_room_is_refused(inside, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    line = ("report", "--laq", tmp_path, "--data", tmp_path, "--out", tmp_path / "report")
+    assert inside("quantize.py", *line) == 2
+    assert capsys.readouterr().err == (
+        "error: report: it needs the folder analysis/, which is missing\n"
+    )
