@@ -267,7 +267,7 @@ def report_card(
     try:
         from analysis.report_card import report
     except ModuleNotFoundError as error:
-        if error.name != "analysis":
+        if error.name not in ("analysis", "analysis.report_card"):  # an empty folder may be left
             raise
         return {}, []
     return report(model, label, train_set, held_out, window, out, seed)
@@ -314,7 +314,8 @@ def load_laq(path: str | Path, asked_by: str = "laq") -> tuple[LAQ, dict]:
 
 def apply(command: str, c: ApplyConfig, given: set[str]) -> None:
     """Label other videos, or write a report card on them, with a finished LAQ"""
-    if command == "report" and importlib.util.find_spec("analysis") is None:
+    room = importlib.util.find_spec("analysis")
+    if command == "report" and (room is None or room.origin is None):  # None: an empty folder
         common.fail("report: it needs the folder analysis/, which is missing")
     model, meta = load_laq(c.laq)
     device = next(model.parameters()).device

@@ -8,6 +8,7 @@ predicts those in place of latent actions (paper section 4, baseline VPT).
         --labelled_where combination=seen --preset tiny --out runs/vpt/actions.safetensors
     python pretrain.py --labels idm --labels_file runs/vpt/actions.safetensors --data data/human"""
 
+import math
 import os
 import sys
 from dataclasses import dataclass, fields, replace
@@ -105,6 +106,8 @@ def train(
         wanted = torch.from_numpy(np.stack([labelled[e].actions[t] for e, t in frames]))
         wanted = (wanted.to(pairs.device) - model.mean) / model.spread
         loss = ((model.standardized(pairs) - wanted) ** 2).mean()
+        if not math.isfinite(loss.item()):
+            common.fail(f"the loss is {loss.item()}: inverse dynamics, step {step}")
         loss.backward()
         training.set_learning_rate(optimizer, c, step)
         processes.clip_gradients(optimizer)
