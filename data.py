@@ -473,6 +473,8 @@ def load_labels(
         wanted = len(episode.frames)
         if len(rows) != wanted:
             fail(f"{path}: episode {episode.id!r} has {len(rows)} labels, expected {wanted}")
+        if not np.isfinite(rows).all():
+            fail(f"{path}: episode {episode.id!r} has labels that are not finite")
         dtype = np.float32 if np.issubdtype(rows.dtype, np.floating) else np.int64
         labels.append(rows.astype(dtype))
     return labels, meta

@@ -85,6 +85,8 @@ def encoder_shape(preset: str, image_size: int) -> LAQConfig:
     names = {field.name for field in fields(LAQConfig)}
     options = quantize.PRESETS[preset]
     shape = LAQConfig(**{name: value for name, value in options.items() if name in names})
+    if image_size < shape.grid or image_size % shape.grid:
+        raise ValueError(f"--image_size {image_size}: not a multiple of {shape.grid} patches")
     patch_size = image_size // shape.grid
     return replace(shape, image_size=patch_size * shape.grid, patch_size=patch_size)
 
@@ -176,9 +178,9 @@ def main(c: InverseDynamicsConfig) -> None:
     labelled, _ = labelled_set.split(c.held_out)
     labelled = data.labelled_few(labelled, c.labelled, c.seed)
     dataset = data.open_dataset(c.data, c.image_size, c.where, for_vqgan=c.for_vqgan)
+    _, held_out = dataset.split(c.held_out)
     with common.refuse("network"):
         model = train(c, labelled, processes)
-    _, held_out = dataset.split(c.held_out)
     r2 = held_out_r2(model, held_out)
     if r2 is not None:
         print("inverse dynamics R2 on held-out episodes:", r2)

@@ -42,7 +42,7 @@ def guesses_of(path):
 
 
 # ---------------------------------------------------------------- the model
-@pytest.mark.parametrize("image_size", [64, 100])
+@pytest.mark.parametrize("image_size", [64, 104])
 def test_the_encoder_is_stage_one_with_its_grid_laid_over_the_pictures(image_size):
     shape = inverse_dynamics.encoder_shape("tiny", image_size)
     assert shape.grid == 8 and shape.patch_size == image_size // 8
@@ -177,6 +177,17 @@ def test_a_file_that_cannot_be_written_is_refused_before_training(
         assert inside(*COMMAND, "--data", folder, "--labelled", 1, "--out", out) == 2
         said = capsys.readouterr().err
         assert said.startswith(f"error: --out {out}: ") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "more, words", [(("--image_size", 100), "--image_size 100"), (("--lr", 1e18), "the loss is ")]
+)
+def test_sizes_and_losses_that_spoil_the_guesses_are_refused(
+    inside, make_dataset, tmp_path, capsys, more, words
+):
+    line = (*COMMAND, "--data", make_dataset({"a": 5, "b": 5}), "--labelled", 1, "--steps", 9)
+    assert inside(*line, "--out", tmp_path / "x.safetensors", *more) == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "x.safetensors").exists()
 
 
 # ---------------------------------------------------------------- pretraining on guesses
